@@ -78,10 +78,12 @@ def measure(system: str, precision: str, steps: int) -> float:
 
 def ours(config: dict, ids: torch.Tensor) -> tuple[torch.nn.Module, Callable[[], torch.Tensor]]:
     """Our model and its loss on windows of three documents each."""
+    from causallm.training.allocator import keep_freed_memory
     from causallm.training.loop import loss_sum
     from causallm.training.new_model import make_model
     from causallm.training.windows import Batch
 
+    keep_freed_memory()
     model = make_model(config, seed=1).train()
     documents = (torch.arange(ids.shape[1] - 1) * 3 // (ids.shape[1] - 1)).expand(len(ids), -1)
     batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), documents.contiguous())

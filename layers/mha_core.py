@@ -13,6 +13,8 @@ from layers.step import Mask, Step
 QUERY_BLOCK = 128
 """Queries whose scores are held at once: bounds memory and skips most keys that come after. Best of 64 to 512 for
 512 tokens on two CPU cores, in fp32 and bf16; there it is also faster than scaled_dot_product_attention."""
+KEPT_QUERIES = 2048
+"""Tokens up to which the probabilities are kept for their gradients, half a square per head."""
 
 
 class MHACore(nn.Module):
@@ -65,8 +67,14 @@ def attend(
 ) -> Float[Tensor, "batch heads time head_dim"]:
     """softmax(query key^T * scale) value, each key-value head serving heads / kv_heads query heads.
 
-    A sink (gpt-oss) is one more score per head that takes probability and gives no value.
+    A sink (gpt-oss) is one more score per head that takes probability and gives no value. Under autocast all is done
+    in its dtype; the softmax of short floats sums in fp32 anyway.
     """
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        query = query.to(torch.get_autocast_dtype(device))
+        with torch.autocast(device, enabled=False):
+            return attend(query, key, value, mask, scale, score_softcap, sinks)
     key, value = key.to(query.dtype), value.to(query.dtype)
     if score_softcap is None and sinks is None:
         if query.shape[2] == 1:
@@ -88,10 +96,11 @@ def attend(
 
 
 def _fused(query: Tensor) -> bool:
-    """Where the fused operator is the faster: not on a CPU, but for fp16 there, and in fp32 for its gradients."""
+    """Where the fused operator is used: not on a CPU, where it is the slower, but for fp16 there; and for gradients of
+    so many tokens that all probabilities, kept for them, would take much memory."""
     if query.device.type != "cpu" or query.dtype == torch.float16:
         return True
-    return query.requires_grad and query.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    return query.requires_grad and query.shape[2] > KEPT_QUERIES
 
 
 def _attend_one(
@@ -124,12 +133,23 @@ def _attend_block(
     grouped = query.reshape(batch, key.shape[1], -1, head_dim)
     scores = softcap(grouped @ key.transpose(2, 3), score_softcap).view(batch, heads, time, past)
     if mask.bias is not None:
-        # Of keys in plain causal order only the block's own need masking; those before it are all visible.
-        first = past - time if mask.plain else 0
-        scores[..., first:] += mask.bias[:, :, start : start + time, first:past]
+        scores = _masked(scores, mask, start)
     if sinks is None:
         weights = scores.softmax(-1)
     else:
         sink = sinks.to(scores.dtype).view(1, heads, 1, 1).expand(batch, heads, time, 1)
         weights = torch.cat((scores, sink), -1).softmax(-1)[..., :-1]
     return (weights.reshape(batch, key.shape[1], -1, past) @ value).view(query.shape)
+
+
+def _masked(scores: Float[Tensor, "batch heads time past"], mask: Mask, start: int) -> Tensor:
+    """Scores and the mask's bias, in place where autograd would not copy all of them for that."""
+    assert mask.bias is not None
+    time, past = scores.shape[2:]
+    # Of keys in plain causal order only the block's own need masking; those before it are all visible.
+    first = past - time if mask.plain else 0
+    bias = mask.bias[:, :, start : start + time, first:past].to(scores.dtype)
+    if scores.requires_grad:
+        return scores + (functional.pad(bias, (first, 0)) if first else bias)
+    scores[..., first:] += bias
+    return scores

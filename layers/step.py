@@ -101,7 +101,9 @@ class Step:
             allowed = allowed & (self.documents[:, :, None] == self.documents[:, None, :])
         # A padded token sees itself, so that no row of the softmax is empty.
         allowed = allowed & (keys >= 0) | (queries < 0) & (distance == 0)
-        bias = torch.zeros(allowed.shape, dtype=self.dtype, device=self.device).masked_fill_(~allowed, -torch.inf)
+        kind = self.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.dtype
+        bias = torch.zeros(allowed.shape, dtype=dtype, device=self.device).masked_fill_(~allowed, -torch.inf)
         return Mask(bias[:, None], everything and self.causal, self.time if self.causal else 0)
 
     def _key_positions(self, columns: Columns) -> Int[Tensor, "batch_or_1 1 past"]:

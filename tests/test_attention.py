@@ -167,3 +167,38 @@ def test_short_floats_err_by_their_rounding(dtype: torch.dtype, pieces: list[int
     found = torch.cat(mixed, 1)
     assert found.dtype == dtype
     assert (found - expected).abs().max() < 8 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("documents", [False, True])
+def test_gradients_over_several_query_blocks_are_those_of_the_definition(
+    documents: bool, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mha_core, "QUERY_BLOCK", 5)
+    inputs = [tensor.requires_grad_() for tensor in random_inputs(4, 2, 12, 12)]
+    numbers = torch.tensor([[0] * 4 + [1] * 8, [0] * 12]) if documents else None
+    step = Step(0, 12, torch.float32, torch.device("cpu"), documents=numbers)
+    distance = torch.arange(12)[:, None] - torch.arange(12)
+    allowed = ((distance >= 0) & (distance < (window or 12))).expand(2, 1, 12, 12)
+    if numbers is not None:
+        allowed = allowed & (numbers[:, None, :, None] == numbers[:, None, None, :])
+    found = attend(*inputs, step.mask(window, (range(12),)), 0.3)
+    expected = spelled_out(*inputs, allowed, 0.3)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    weights = torch.randn(found.shape)
+    own, right = (torch.autograd.grad((result * weights).sum(), inputs) for result in (found, expected))
+    torch.testing.assert_close(own, right, rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(mha_core, "KEPT_QUERIES", 1)
+    fused = attend(*inputs, step.mask(window, (range(12),)), 0.3)
+    torch.testing.assert_close(fused, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_autocast_attends_in_its_dtype_from_end_to_end() -> None:
+    query, key, value = random_inputs(4, 2, 6, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        mask = make_step(0, 6).mask(2, (range(6),))
+        found = attend(query, key, value, mask, 0.3)
+    assert mask.bias is not None
+    assert mask.bias.dtype == torch.bfloat16
+    short = [tensor.bfloat16() for tensor in (query, key, value)]
+    assert torch.equal(found, attend(*short, mask, 0.3))

@@ -35,10 +35,21 @@ def test_files_with_and_without_marks_give_the_same_stories(tool, tmp_path) -> N
 
 
 def test_a_request_names_things_of_its_story(tool) -> None:
-    messages = tool.conversation(STORY, random.Random(3))
-    assert messages[-1] == {"role": "assistant", "content": STORY}
-    assert messages[-2]["role"] == "user"
-    assert "dog" in messages[-2]["content"] or "red ball" in messages[-2]["content"]
+    for seed in range(20):
+        request = tool.request_for(STORY, random.Random(seed))
+        assert "dog" in request or "red ball" in request
+
+
+def test_a_conversation_asks_in_both_ways_and_is_answered_by_the_whole_story(tool) -> None:
+    requests = []
+    for seed in range(40):
+        messages = tool.conversation(STORY, random.Random(seed))
+        assert messages[-1] == {"role": "assistant", "content": STORY}
+        assert [message["role"] for message in messages[:-1]] in (["user"], ["system", "user"])
+        requests.append(messages[-2]["content"])
+    openings = [request for request in requests if STORY.startswith(request)]
+    assert 0 < len(openings) < 20
+    assert all(4 <= len(request.split()) <= 12 for request in openings)
 
 
 def test_what_is_held_out_is_in_no_form_in_the_training_data(tool, tmp_path) -> None:

@@ -3,7 +3,8 @@
     python tools/prepare_stories.py --stories DIR --tales FILE -o data/tiny-stories
 
 DIR holds .txt files of short stories (TinyStories), FILE longer tales divided by <|endoftext|>. Writes train.jsonl and
-validation.jsonl; a story held out is in neither form in train.jsonl. The request names things that the story tells of.
+validation.jsonl; a story held out is in neither form in train.jsonl. The request names things that the story tells of,
+or is its first words.
 """
 
 import argparse
@@ -88,6 +89,18 @@ def clean(text: str) -> str:
 
 def conversation(story: str, draw: random.Random) -> list[dict[str, str]]:
     """A request that fits the story, sometimes after a system message, and the story."""
+    messages = [{"role": "system", "content": SYSTEM}] if draw.random() < 0.25 else []
+    request = opening(story, draw) if draw.random() < 0.25 else request_for(story, draw)
+    return [*messages, {"role": "user", "content": request}, {"role": "assistant", "content": story}]
+
+
+def opening(story: str, draw: random.Random) -> str:
+    """The first words of a story, which asks for the whole of it."""
+    return " ".join(story.split()[: draw.randint(4, 12)]).rstrip(",")
+
+
+def request_for(story: str, draw: random.Random) -> str:
+    """A request that names what the story tells of."""
     found = Counter()
     for _, adjective, noun in THING.findall(story.lower()):
         if noun not in NO_THINGS:
@@ -98,9 +111,7 @@ def conversation(story: str, draw: random.Random) -> list[dict[str, str]]:
             nouns[noun] = f"{adjective}{noun}"
     chosen = list(nouns.values())[: draw.choice((1, 2, 2))]
     things = [f"{'an' if thing[0] in 'aeiou' else 'a'} {thing}" for thing in chosen]
-    request = draw.choice(REQUESTS).format(" and ".join(things)) if things else "Tell me a story."
-    messages = [{"role": "system", "content": SYSTEM}] if draw.random() < 0.25 else []
-    return [*messages, {"role": "user", "content": request}, {"role": "assistant", "content": story}]
+    return draw.choice(REQUESTS).format(" and ".join(things)) if things else "Tell me a story."
 
 
 if __name__ == "__main__":

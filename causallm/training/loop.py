@@ -8,9 +8,9 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from causallm.training.checkpoint import Checkpoints
+from causallm.training.loss import cross_entropy_sum
 from causallm.training.optimizer import learning_rate, make_optimizer
 from causallm.training.processes import Processes
 from causallm.training.progress import Progress
@@ -101,9 +101,7 @@ def backward_step(
 def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
     """Cross-entropy in nats, summed over the tokens that count."""
     logits = model(batch.ids, documents=batch.documents)
-    return functional.cross_entropy(
-        logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+    return cross_entropy_sum(logits.flatten(0, 1), batch.targets.flatten())
 
 
 @torch.no_grad()

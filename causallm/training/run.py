@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from causallm.causal_lm import CausalLM
 from causallm.config import GenerationConfig
 from causallm.tokenizer import Tokenizer
+from causallm.training.allocator import keep_freed_memory
 from causallm.training.checkpoint import Checkpoints, last_step, saved_steps
 from causallm.training.hooks import add_dropout, involve_all_experts
 from causallm.training.loop import train
@@ -43,6 +44,7 @@ def run_training(
     In the first process `report` gets each step, and `show` what a person may want to read meanwhile. ValueError and
     OSError say what is wrong, and what there is to go on from.
     """
+    keep_freed_memory()
     processes = Processes(settings.train.device, settings.train.sharding)
     try:
         return _run(settings, resume, report, show, processes)
