@@ -10,14 +10,17 @@ from typing import NoReturn
 
 VERBS = {
     "run": "answer a prompt (the default: MODEL may stand first)",
+    "bench": "measure tokens a second of prompts and generation",
+    "perplexity": "measure how well a model predicts a text",
     "train": "train a model from a YAML file",
     "convert": "convert weights between Hugging Face, this project's file and NNTrainer's .bin",
+    "quantize": "pack weights in block formats: Q4_0, Q4_K, Q6_K, Q8_0",
     "inspect": "show a model's layers, shapes and sizes without loading its weights",
     "download": "fetch a model's files from the Hugging Face hub",
 }
 """Each verb is causallm/commands/<verb>.py with `add_arguments(parser)` and `execute(args) -> int`."""
 
-EPILOG = "verbs:\n" + "\n".join(f"  {verb:<10}{text}" for verb, text in VERBS.items())
+EPILOG = "verbs:\n" + "\n".join(f"  {verb:<12}{text}" for verb, text in VERBS.items())
 
 
 class Parser(argparse.ArgumentParser):

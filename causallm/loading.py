@@ -13,6 +13,7 @@ from causallm.config.fields import DTYPES
 from causallm.config.pooling import read_pooling
 from causallm.factory import Factory
 from causallm.generation import Progress
+from causallm.packing import choose_formats, pack_layers
 from causallm.tokenizer import Tokenizer
 from causallm.transformer import Transformer
 from causallm.weights.loader import load_weights
@@ -35,8 +36,9 @@ def load_model(
     folder = Path(folder)
     model = build_model(folder, dtype, **nntr_overrides)
     model.tokenizer = Tokenizer.from_folder(folder, model.runtime_config.tokenizer_file)
-    total, done = len(list(model.parameters())), count(1)
     weights = open_weights(folder, model)
+    pack_layers(model, choose_formats(model, weights.formats()))
+    total, done = len(list(model.parameters())), count(1)
     load_weights(model, weights, device, (lambda _: progress(next(done), total)) if progress else None)
     model.generation_config = resolve_generation(model, model.tokenizer)
     return model.eval()

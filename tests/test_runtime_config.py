@@ -66,11 +66,9 @@ NNTR_MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"max_seqlen": 5}, "unknown key 'max_seqlen'; known are: .*max_seq_len"),
     ({"model_type": "VisionLM"}, "model_type is 'VisionLM', expected CausalLM or embedding"),
     ({"model_tensor_type": "FP32"}, "model_tensor_type is 'FP32', expected <weights>-<activations>"),
-    ({"model_tensor_type": "Q4_0-FP32"}, "model_tensor_type Q4_0: quantized weights are not supported yet"),
     ({"model_tensor_type": "FP32-Q4_0"}, "model_tensor_type is 'FP32-Q4_0', expected <weights>-<activations>"),
-    ({"fc_layer_dtype": "Q4_0"}, "fc_layer_dtype Q4_0: quantized weights are not supported yet, use FP32"),
-    ({"embedding_dtype": "Q6_K"}, "embedding_dtype Q6_K: quantized weights are not supported yet"),
-    ({"lmhead_dtype": "Q6_K"}, "lmhead_dtype Q6_K: quantized weights are not supported yet"),
+    ({"fc_layer_dtype": "Q5_0"}, "fc_layer_dtype is 'Q5_0', expected one of FP32, FP16, BF16, Q4_0, Q4_K, Q6_K, Q8_0"),
+    ({"lmhead_dtype": "q6_k"}, "lmhead_dtype is 'q6_k', expected one of FP32"),
     ({"fc_layer_dtype": "INT5"}, "fc_layer_dtype is 'INT5', expected one of FP32"),
     ({"fc_layer_dtype": 32}, "fc_layer_dtype is 32, expected a string"),
     ({"lora_rank": 8}, "lora_rank is not 0, but adapters are not supported yet"),
@@ -127,3 +125,12 @@ def test_a_model_takes_the_dtype_its_config_names(checkpoints: Checkpoints, tmp_
     for name, dtype in (("bfloat16", torch.bfloat16), (None, torch.float32)):
         (tmp_path / "config.json").write_text(json.dumps({**content, "dtype": name}))
         assert {parameter.dtype for parameter in build_model(tmp_path).parameters()} == {dtype}
+
+
+def test_packed_weights_are_formats_and_floats_dtypes() -> None:
+    config = RuntimeConfig.from_json(
+        {"model_tensor_type": "Q4_0-FP32", "embedding_dtype": "Q6_K", "lmhead_dtype": "FP16"}
+    )
+    assert (config.dtype, config.fc_format, config.fc_layer_dtype) == (torch.float32, "Q4_0", None)
+    assert (config.embedding_format, config.embedding_dtype) == ("Q6_K", None)
+    assert (config.lmhead_format, config.lmhead_dtype) == (None, torch.float16)

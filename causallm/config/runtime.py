@@ -10,6 +10,7 @@ import torch
 from causallm.config.fields import DTYPES, Fields
 
 MODEL_TYPES = ("CausalLM", "embedding")
+FLOAT_NAMES = ("FP32", "FP16", "BF16")
 QUANTIZED = ("Q4_0", "Q4_K", "Q6_K", "Q8_0")
 
 KEYS = frozenset(
@@ -24,7 +25,8 @@ class RuntimeConfig:
     """The content of nntr_config.json; None leaves a choice to the model's other files.
 
     init_seq_len is the number of prompt tokens taken in one step, max_seq_len the context in tokens, batch_size how
-    many prompts run together. dtype is that of activations and the cache, the other dtypes those of weights.
+    many prompts run together. dtype is that of activations and the cache, the other dtypes those of weights; weights
+    to be packed have a format, one of `QUANTIZED`, instead.
     """
 
     model_type: str = "CausalLM"
@@ -33,6 +35,9 @@ class RuntimeConfig:
     fc_layer_dtype: torch.dtype | None = None
     embedding_dtype: torch.dtype | None = None
     lmhead_dtype: torch.dtype | None = None
+    fc_format: str | None = None
+    embedding_format: str | None = None
+    lmhead_format: str | None = None
     bad_word_ids: tuple[int, ...] = ()
     num_to_generate: int | None = None
     init_seq_len: int | None = None
@@ -57,15 +62,20 @@ class RuntimeConfig:
             raise fields.wrong("model_type", " or ".join(MODEL_TYPES))
         _refuse_later_work(fields)
         weights, activations = _tensor_types(fields)
-        embedding = _weight_dtype(fields, "embedding_dtype") or weights
+        linear = _weight_type(fields, "fc_layer_dtype") or weights
+        embedding = _weight_type(fields, "embedding_dtype") or weights
+        head = _weight_type(fields, "lmhead_dtype") or embedding
         system = Fields(fields.raw("system_prompt", {}), f"{source}: system_prompt")
         return cls(
             model_type="embedding" if model_type.lower() == "embedding" else "CausalLM",
             model_file_name=fields.text("model_file_name") or None,
             dtype=activations,
-            fc_layer_dtype=_weight_dtype(fields, "fc_layer_dtype") or weights,
-            embedding_dtype=embedding,
-            lmhead_dtype=_weight_dtype(fields, "lmhead_dtype") or embedding,
+            fc_layer_dtype=DTYPES.get(linear or ""),
+            embedding_dtype=DTYPES.get(embedding or ""),
+            lmhead_dtype=DTYPES.get(head or ""),
+            fc_format=linear if linear in QUANTIZED else None,
+            embedding_format=embedding if embedding in QUANTIZED else None,
+            lmhead_format=head if head in QUANTIZED else None,
             bad_word_ids=fields.integers("bad_word_ids"),
             num_to_generate=fields.optional_integer("num_to_generate", minimum=1),
             init_seq_len=fields.optional_integer("init_seq_len", minimum=1),
@@ -80,30 +90,22 @@ class RuntimeConfig:
         )
 
 
-def _tensor_types(fields: Fields) -> tuple[torch.dtype | None, torch.dtype | None]:
+def _tensor_types(fields: Fields) -> tuple[str | None, torch.dtype | None]:
     """model_tensor_type is "<weights>-<activations>"."""
     text = fields.text("model_tensor_type")
     if not text:
         return None, None
     weights, _, activations = text.partition("-")
     if activations not in DTYPES:
-        raise fields.wrong("model_tensor_type", f"<weights>-<activations>, activations one of {_float_names()}")
-    return _weight_dtype(fields, "model_tensor_type", weights), DTYPES[activations]
+        raise fields.wrong("model_tensor_type", f"<weights>-<activations>, activations one of {', '.join(FLOAT_NAMES)}")
+    return _weight_type(fields, "model_tensor_type", weights), DTYPES[activations]
 
 
-def _weight_dtype(fields: Fields, key: str, value: str | None = None) -> torch.dtype | None:
+def _weight_type(fields: Fields, key: str, value: str | None = None) -> str | None:
     name = fields.text(key) if value is None else value
-    if name in QUANTIZED:
-        raise ValueError(
-            f"{fields.source}: {key} {name}: quantized weights are not supported yet, use {_float_names()}"
-        )
-    if name and name not in DTYPES:
-        raise fields.wrong(key, f"one of {_float_names()}")
-    return DTYPES.get(name)
-
-
-def _float_names() -> str:
-    return "FP32, FP16, BF16"
+    if name and name not in DTYPES and name not in QUANTIZED:
+        raise fields.wrong(key, f"one of {', '.join((*FLOAT_NAMES, *QUANTIZED))}")
+    return name or None
 
 
 def _refuse_later_work(fields: Fields) -> None:

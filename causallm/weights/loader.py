@@ -6,9 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from causallm.causal_lm import CausalLM
+from causallm.packing import packed_tensors
 from causallm.transformer import Transformer
 from causallm.weights.names import module_name
 from causallm.weights.reader import WeightReader
+from layers.kernels.block_formats import BLOCK_FORMATS
 
 
 def load_weights(
@@ -19,12 +21,16 @@ def load_weights(
 ) -> None:
     """Give every parameter of `model` its tensor from `tensors`, whose names may have Hugging Face's prefix.
 
-    A tensor of the parameter's dtype is assigned as it is (a mapped file stays mapped), another is cast, and what was
-    mapped of it given back, so that memory holds the model and one tensor more. An unknown, repeated, missing or
-    misshapen tensor is a ValueError naming it. `progress` is called with each name.
+    A tensor of the parameter's dtype is assigned as it is (a mapped file stays mapped), another is cast, or packed
+    where the model's layer is a packed one, and what was mapped of it given back, so that memory holds the model and
+    one tensor more. An unknown, repeated, missing or misshapen tensor is a ValueError naming it. `progress` is called
+    with each name.
     """
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    packed = packed_tensors(model)
     for name, tensor in _matched(model, tensors):
+        if name in packed and tensor.is_floating_point():
+            tensor = BLOCK_FORMATS[packed[name].kind].pack(tensor)
         loaded = tensor.to(device=device, dtype=dtypes[name])
         assign(model, name, loaded)
         if isinstance(tensors, WeightReader) and loaded.data_ptr() != tensor.data_ptr():
@@ -42,6 +48,7 @@ def check_weights(model: Transformer, reader: WeightReader) -> None:
 def _matched(model: Transformer, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """Yield our name and tensor of all that `model` takes; at the end complain of those that did not come."""
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    packed = packed_tensors(model)
     seen: set[str] = set()
     for full_name, tensor in tensors:
         name = module_name(full_name)
@@ -51,11 +58,11 @@ def _matched(model: Transformer, tensors: Iterable[tuple[str, Tensor]]) -> Itera
             raise ValueError(f"unexpected tensor {full_name} {list(tensor.shape)}: the model has none of that name")
         if name in seen:
             raise ValueError(f"tensor {full_name} appears twice")
-        if tensor.shape != shapes[name]:
-            raise ValueError(
-                f"tensor {full_name} has shape {list(tensor.shape)}, the model expects {list(shapes[name])}"
-            )
-        if not tensor.is_floating_point():
+        floats = tensor.is_floating_point()
+        expected = packed[name].shape if name in packed and floats else shapes[name]
+        if tensor.shape != expected:
+            raise ValueError(f"tensor {full_name} has shape {list(tensor.shape)}, the model expects {list(expected)}")
+        if not floats and not (name in packed and tensor.dtype == torch.uint8):
             raise ValueError(f"tensor {full_name} has dtype {tensor.dtype}, expected a float type")
         seen.add(name)
         yield name, tensor

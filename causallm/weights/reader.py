@@ -1,7 +1,7 @@
 """What every reader of weights offers, whatever the file: iteration, and random access by our names."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 
@@ -19,6 +19,10 @@ class WeightReader(ABC):
     @abstractmethod
     def meta(self, name: str) -> Tensor:
         """Shape and dtype of a tensor, on the meta device: nothing is read."""
+
+    def formats(self) -> Mapping[str, str]:
+        """Which tensors are packed in a block format, and in which; their bytes are uint8 (rows, row_bytes)."""
+        return {}
 
     @abstractmethod
     def tensor(self, name: str) -> Tensor:

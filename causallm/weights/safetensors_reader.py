@@ -19,9 +19,11 @@ from causallm.config import read_json
 from causallm.weights.mapped_file import MappedFile
 from causallm.weights.names import is_computed, module_name
 from causallm.weights.reader import WeightReader
+from layers.kernels.block_formats import BLOCK_FORMATS
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+FORMATS_KEY = "formats"
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -82,6 +84,20 @@ class SafetensorsReader(WeightReader):
     def metadata(self) -> Mapping[str, str]:
         """The free-text header of the first file."""
         return self._headers[next(iter(self.files))].metadata
+
+    def formats(self) -> Mapping[str, str]:
+        """The first file's header names them as JSON under `FORMATS_KEY`; ValueError where that is damaged."""
+        path = next(iter(self.files))
+        try:
+            formats = json.loads(self.metadata().get(FORMATS_KEY, "{}"))
+            unknown = [kind for name, kind in formats.items() if kind not in BLOCK_FORMATS or name not in self._places]
+        except (json.JSONDecodeError, AttributeError, TypeError):
+            raise ValueError(f"{path}: the header's {FORMATS_KEY} cannot be read") from None
+        if unknown:
+            raise ValueError(
+                f"{path}: the header's {FORMATS_KEY} has '{unknown[0]}', expected tensors in {', '.join(BLOCK_FORMATS)}"
+            )
+        return formats
 
     def names(self) -> Sequence[str]:
         return list(self._places)

@@ -1,0 +1,79 @@
+"""Pack a model's weights in block formats (Q4_0, Q4_K, Q6_K, Q8_0): smaller, and faster on a CPU."""
+
+import argparse
+from pathlib import Path
+
+from tqdm import tqdm
+
+from causallm.commands.model_arguments import add_plugin_argument, load_plugins
+from causallm.hub import resolve_model
+from causallm.loading import load_model
+from causallm.perplexity import perplexity
+from causallm.weights.convert import Written
+from causallm.weights.fidelity import divergence, tensor_errors
+from causallm.weights.quantize import TYPES, quantize
+
+WORST = 5
+VERIFY_WINDOW = 512
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `quantize`."""
+    parser.add_argument("model", metavar="MODEL", help="a model folder with float weights, or a hub id")
+    parser.add_argument("-o", "--output", metavar="OUT", required=True, help="a new model folder")
+    parser.add_argument(
+        "--fc_dtype", default="Q4_0", metavar="TYPE",
+        help=f"of the linear layers: one of {', '.join(TYPES)} (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--embd_dtype", metavar="TYPE", help="of the embedding (default: as the linear layers)")
+    parser.add_argument("--lmhead_dtype", metavar="TYPE", help="of the head (default: as the embedding)")
+    parser.add_argument("--verify", action="store_true", help="print what packing changed, weight by weight")
+    parser.add_argument("--text", metavar="FILE", help="with --verify: perplexity and KL divergence on this text")
+    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
+    add_plugin_argument(parser)
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Pack, with a progress bar on a terminal; verify where asked."""
+    if args.text and not args.verify:
+        raise ValueError("--text belongs to --verify")
+    text = Path(args.text).read_text(encoding="utf-8") if args.text else None
+    load_plugins(args)
+    source, output = resolve_model(args.model, args.revision), Path(args.output)
+    with tqdm(desc=f"writing {output}", unit="B", unit_scale=True, disable=None) as bar:
+
+        def advance(step: Written) -> None:
+            bar.total = step.total
+            bar.update(step.nbytes)
+
+        formats = quantize(source, output, args.fc_dtype, args.embd_dtype, args.lmhead_dtype, advance)
+    kinds = list(formats.values())
+    counts = ", ".join(f"{kinds.count(kind)} in {kind}" for kind in dict.fromkeys(kinds)) or "none"
+    print(f"{output}: {counts} of {len(kinds)} packed weights")
+    if args.verify:
+        _verify(source, output, text)
+    return 0
+
+
+def _verify(source: Path, output: Path, text: str | None) -> None:
+    errors = tensor_errors(source, output)
+    print("relative error of the weights (root mean square):")
+    for kind in dict.fromkeys(error.kind for error in errors):
+        own = sorted(error.relative for error in errors if error.kind == kind)
+        print(f"  {kind}: {len(own)} weights, {own[0]:.2e} to {own[-1]:.2e}")
+    for error in sorted(errors, key=lambda error: -error.relative)[:WORST]:
+        print(f"  {error.relative:.2e} {error.kind} {error.name}")
+    if text is None:
+        return
+    before, after = load_model(source, dtype="float32"), load_model(output)
+    ids = before.tokenizer.encode_prompt(text)
+    window = min(VERIFY_WINDOW, before.max_length)
+    with tqdm(desc="comparing", total=2 + 1, disable=None, leave=False) as bar:
+        first = perplexity(before, ids, window, window)
+        bar.update()
+        second = perplexity(after, ids, window, window)
+        bar.update()
+        kl = divergence(before, after, ids, window)
+        bar.update()
+    print(f"perplexity: {first.value:.4f} before, {second.value:.4f} packed ({second.value / first.value - 1:+.2%})")
+    print(f"KL divergence: {kl.mean:.6f} nats a token, at most {kl.largest:.4f}; same first choice: {kl.agreement:.2%}")

@@ -1,0 +1,56 @@
+"""What packing changed: each weight against its source, and the distributions of both models over a text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from causallm.causal_lm import CausalLM
+from causallm.loading import build_model
+from causallm.weights.open import open_weights
+from layers.kernels.packed_product import expanded
+
+
+@dataclass(frozen=True)
+class TensorError:
+    """relative: the root mean square of the change over that of the weight."""
+
+    name: str
+    kind: str
+    relative: float
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """KL(source || packed) a token in nats, its largest value, and how often both rank the same token first."""
+
+    mean: float
+    largest: float
+    agreement: float
+
+
+def tensor_errors(source: Path, packed: Path) -> list[TensorError]:
+    """The change of every packed weight, one at a time."""
+    before, after = (open_weights(folder, build_model(folder)) for folder in (source, packed))
+    errors = []
+    for name, kind in after.formats().items():
+        weight = before.tensor(name).float()
+        change = expanded(after.tensor(name), kind) - weight
+        errors.append(TensorError(name, kind, float(change.norm() / weight.norm().clamp(min=1e-30))))
+        before.release(name)
+        after.release(name)
+    return errors
+
+
+@torch.inference_mode()
+def divergence(before: CausalLM, after: CausalLM, ids: Sequence[int], window: int) -> Divergence:
+    """Compare next-token distributions over `ids`, in windows of `window` tokens that know nothing of each other."""
+    total, largest, same, count = 0.0, 0.0, 0, 0
+    for begin in range(0, len(ids), window):
+        part = torch.tensor([list(ids[begin : begin + window])])
+        first, second = (model(part)[0].float().log_softmax(-1) for model in (before, after))
+        kl = (first.exp() * (first - second)).sum(-1)
+        total, largest, count = total + float(kl.sum()), max(largest, float(kl.max())), count + len(kl)
+        same += int((first.argmax(-1) == second.argmax(-1)).sum())
+    return Divergence(total / count, largest, same / count)

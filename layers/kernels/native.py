@@ -1,0 +1,159 @@
+"""The native kernels, where the package was installed with a C compiler: loading them and calling them.
+
+They take work to the OpenMP threads that torch already has (`torch.set_num_threads`), so that no second pool spins.
+"""
+
+import ctypes
+import warnings
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+KINDS = {"F32": 0, "BF16": 1, "F16": 2, "Q8_0": 3, "Q4_0": 4, "Q4_K": 5, "Q6_K": 6}
+FLOATS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+PLAIN, AVX2, AVX512 = 0, 1, 2
+
+Address, Size = ctypes.c_void_p, ctypes.c_long
+SIGNATURES: dict[str, tuple[object, list[object]]] = {
+    "causallm_choose": (ctypes.c_char_p, [ctypes.c_int]),
+    "causallm_threads_with": (None, [Address]),
+    "causallm_linear": (ctypes.c_int, [ctypes.c_int, Address, Size, Size, Address, Size, Address, ctypes.c_int]),
+    "causallm_expand": (None, [ctypes.c_int, Address, Size, Size, Address, Address, ctypes.c_int]),
+    "causallm_attend": (ctypes.c_int, [Address, ctypes.c_int, ctypes.c_int]),
+}
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The loaded kernels, the best for this processor chosen; None where there are none, with a warning once."""
+    built = sorted(path for path in Path(__file__).parent.glob("_native*") if path.suffix in (".so", ".pyd", ".dylib"))
+    if not built:
+        return None
+    try:
+        loaded = ctypes.CDLL(str(built[-1]))
+        for name, (result, arguments) in SIGNATURES.items():
+            function = getattr(loaded, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        warnings.warn(f"the native kernels cannot be used, torch's operators are: {error}", stacklevel=2)
+        return None
+    loaded.causallm_choose(AVX512)
+    if team := _team():
+        loaded.causallm_threads_with(team)
+    return loaded
+
+
+def kernels_name() -> str:
+    """What the kernels in use were made for: "AVX-512 VNNI", "AVX2", "plain C", or "torch" where there are none."""
+    loaded = library()
+    return "torch" if loaded is None else _chosen(loaded)
+
+
+def choose(level: int) -> str:
+    """Use kernels for at most this `level` of processor, for tests; returns the name of those in use."""
+    loaded = library()
+    if loaded is None:
+        return "torch"
+    _chosen.cache_clear()
+    return loaded.causallm_choose(level).decode()
+
+
+@cache
+def _chosen(loaded: ctypes.CDLL) -> str:
+    return loaded.causallm_choose(AVX512).decode()
+
+
+def _team() -> int | None:
+    """The address of GOMP_parallel in the OpenMP library that torch has loaded; None where it is another kind."""
+    for path in sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*")):
+        try:
+            return ctypes.cast(ctypes.CDLL(str(path)).GOMP_parallel, Address).value
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+def linear(rows: Tensor, weight: Tensor, kind: str) -> Tensor:
+    """rows (tokens, columns) fp32 times a packed or float weight, transposed: (tokens, out_features) fp32."""
+    loaded = library()
+    assert loaded is not None
+    tokens, columns = rows.shape
+    rows, out = rows.contiguous(), rows.new_empty(tokens, weight.shape[0])
+    failed = loaded.causallm_linear(
+        KINDS[kind],
+        weight.data_ptr(),
+        weight.shape[0],
+        columns,
+        rows.data_ptr(),
+        tokens,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise MemoryError(f"no memory for a product of {tokens} rows of {columns}")
+    return out
+
+
+def expand(weight: Tensor, kind: str, columns: int, dtype: torch.dtype) -> Tensor:
+    """A packed weight as fp32 or bf16, (rows, columns)."""
+    loaded = library()
+    assert loaded is not None
+    out = torch.empty(weight.shape[0], columns, dtype=dtype)
+    wide, narrow = (out.data_ptr(), None) if dtype == torch.float32 else (None, out.data_ptr())
+    loaded.causallm_expand(
+        KINDS[kind], weight.data_ptr(), weight.shape[0], columns, wide, narrow, torch.get_num_threads()
+    )
+    return out
+
+
+class AttentionArguments(ctypes.Structure):
+    """struct attention of native.c."""
+
+    _fields_ = [
+        *((name, Address) for name in ("query", "bias", "sinks", "keys", "values", "out")),
+        *((name, Size) for name in "past key_row key_head key_step value_row value_head value_step bias_row".split()),
+        *((name, ctypes.c_int) for name in ("batch", "heads", "kv_heads", "head_dim")),
+        *((name, ctypes.c_float) for name in ("scale", "softcap")),
+    ]
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """Attention of one token: query (batch, heads, 1, head_dim) fp32 over (batch, kv_heads, past, head_dim).
+
+    bias is (batch or 1, past) fp32, sinks (heads) fp32; all are contiguous in their last dimension.
+    """
+    loaded = library()
+    assert loaded is not None
+    batch, heads, _, head_dim = query.shape
+    query, out = query.contiguous(), torch.empty_like(query, memory_format=torch.contiguous_format)
+    arguments = AttentionArguments(
+        query.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        None if sinks is None else sinks.data_ptr(),
+        key.data_ptr(),
+        value.data_ptr(),
+        out.data_ptr(),
+        key.shape[2],
+        *key.stride()[:3],
+        *value.stride()[:3],
+        0 if bias is None or bias.shape[0] == 1 else bias.stride(0),
+        batch,
+        heads,
+        key.shape[1],
+        head_dim,
+        scale,
+        softcap or 0.0,
+    )
+    if loaded.causallm_attend(ctypes.byref(arguments), KINDS[FLOATS[key.dtype]], torch.get_num_threads()):
+        raise MemoryError(f"no memory for attention over {key.shape[2]} positions")
+    return out

@@ -1,0 +1,73 @@
+"""Products with packed weights: native for a few rows, expanded to bf16 for many, torch's operators everywhere else."""
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+from torch.nn import functional
+
+from layers.kernels import native
+from layers.kernels.block_formats import BLOCK_FORMATS
+
+FEW_ROWS = 24
+"""Rows up to which the native product is the faster; beyond, expanding the weight costs less than it saves."""
+
+
+def packed_product(
+    x: Float[Tensor, "*rows in_features"], weight: UInt8[Tensor, "out_features row_bytes"], kind: str
+) -> Float[Tensor, "*rows out_features"]:
+    """x W^T for a weight in one of `BLOCK_FORMATS`, in x's dtype.
+
+    On a CPU up to `FEW_ROWS` rows are rounded to int8, one scale for 32 values, as llama.cpp does, and more rows to
+    bf16; sums are in fp32. Elsewhere the weight is expanded to x's dtype.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.causallm.packed_product(x, weight, kind)
+    return _product(x, weight, kind)
+
+
+def _product(x: Tensor, weight: Tensor, kind: str) -> Tensor:
+    if x.device.type != "cpu":
+        return functional.linear(x, BLOCK_FORMATS[kind].unpack(weight, x.dtype))
+    rows = x.reshape(-1, x.shape[-1])
+    if len(rows) > FEW_ROWS:
+        product = functional.linear(rows.bfloat16(), expanded(weight, kind, torch.bfloat16))
+    elif native.library() is None:
+        product = packed_product_twin(rows, weight, kind)
+    else:
+        product = native.linear(rows.float(), weight, kind)
+    return product.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def expanded(
+    weight: UInt8[Tensor, "rows row_bytes"], kind: str, dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "rows columns"]:
+    """The values of a packed weight, fp32 exactly or rounded to another dtype."""
+    packed = BLOCK_FORMATS[kind]
+    if weight.device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16) or native.library() is None:
+        return packed.unpack(weight, dtype)
+    return native.expand(weight.contiguous(), kind, packed.row_values(weight.shape[1]), dtype)
+
+
+def packed_product_twin(
+    rows: Float[Tensor, "rows in_features"], weight: UInt8[Tensor, "out_features row_bytes"], kind: str
+) -> Float[Tensor, "rows out_features"]:
+    """What the native product computes, by torch's operators; they differ in the order of fp32 sums alone."""
+    return functional.linear(rounded(rows.float()), BLOCK_FORMATS[kind].unpack(weight))
+
+
+def rounded(rows: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
+    """Each 32 values as int8 times their largest magnitude / 127, half to even."""
+    blocks = rows.unflatten(-1, (-1, 32))
+    largest = blocks.abs().amax(-1, keepdim=True)
+    inverse = torch.where(largest > 0, 127 / largest, 0.0)
+    return ((blocks * inverse).round() * (largest / 127)).flatten(-2)
+
+
+@torch.library.custom_op("causallm::packed_product", mutates_args=())
+def _operator(x: Tensor, weight: Tensor, kind: str) -> Tensor:
+    return _product(x, weight, kind)
+
+
+@_operator.register_fake
+def _(x: Tensor, weight: Tensor, kind: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])

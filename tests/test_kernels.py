@@ -1,0 +1,154 @@
+"""The native kernels against their torch twins, for every kind of processor that this one can act as."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from layers.kernels import native
+from layers.kernels.block_formats import BLOCK_FORMATS
+from layers.kernels.packed_product import FEW_ROWS, expanded, packed_product, packed_product_twin, rounded
+from layers.mha_core import attend
+from layers.packed import PackedEmbedding, PackedLinear
+from layers.step import Mask
+
+LEVELS = (native.PLAIN, native.AVX2, native.AVX512)
+needs_kernels = pytest.mark.skipif(native.library() is None, reason="no native kernels were built")
+
+
+@pytest.fixture(params=LEVELS)
+def _level(request: pytest.FixtureRequest):
+    wanted = {native.PLAIN: "plain C", native.AVX2: "AVX2", native.AVX512: "AVX-512 VNNI"}[request.param]
+    if native.choose(request.param) != wanted:
+        native.choose(native.AVX512)
+        pytest.skip(f"not {wanted}")
+    yield
+    native.choose(native.AVX512)
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float) -> None:
+    assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def packed_weight(kind: str, rows: int, columns: int) -> Tensor:
+    return BLOCK_FORMATS[kind].pack(torch.randn(rows, columns) * torch.rand(rows, 1))
+
+
+@needs_kernels
+@pytest.mark.usefixtures("_level")
+@pytest.mark.parametrize("kind", BLOCK_FORMATS)
+@pytest.mark.parametrize("rows", [1, 3, 4, 37, 1030])
+@pytest.mark.parametrize("blocks", [1, 2, 5])
+def test_packed_product_is_its_twin(kind: str, rows: int, blocks: int) -> None:
+    columns = blocks * BLOCK_FORMATS[kind].values
+    weight = packed_weight(kind, rows, columns)
+    for tokens in (1, 3):
+        x = torch.randn(tokens, columns)
+        x[0, :32] = 0
+        close(native.linear(x, weight, kind), packed_product_twin(x, weight, kind), 2e-6)
+
+
+@needs_kernels
+@pytest.mark.usefixtures("_level")
+@pytest.mark.parametrize("dtype", native.FLOATS)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (5, 31), (37, 64), (130, 100)])
+def test_float_product_is_torchs(dtype: torch.dtype, rows: int, columns: int) -> None:
+    weight, x = torch.randn(rows, columns).to(dtype), torch.randn(3, columns)
+    expected = functional.linear(x.double(), weight.double()).float()
+    close(native.linear(x, weight, native.FLOATS[dtype]), expected, 2e-6)
+
+
+@needs_kernels
+@pytest.mark.usefixtures("_level")
+@pytest.mark.parametrize("kind", BLOCK_FORMATS)
+def test_expanding_is_exact(kind: str) -> None:
+    columns = 3 * BLOCK_FORMATS[kind].values
+    weight = packed_weight(kind, 19, columns)
+    expected = BLOCK_FORMATS[kind].unpack(weight)
+    assert torch.equal(native.expand(weight, kind, columns, torch.float32), expected)
+    assert torch.equal(native.expand(weight, kind, columns, torch.bfloat16), expected.bfloat16())
+
+
+@needs_kernels
+@pytest.mark.usefixtures("_level")
+@pytest.mark.parametrize("dtype", native.FLOATS)
+@pytest.mark.parametrize("options", [(None, False, False), (2.0, True, True)])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 16), (6, 2, 64), (8, 1, 128)])
+def test_attention_of_one_token_is_its_definition(
+    heads: int, kv_heads: int, head_dim: int, options: tuple[float | None, bool, bool], dtype: torch.dtype
+) -> None:
+    softcap, with_sinks, masked = options
+    held = torch.randn(2, 2, kv_heads, 40, head_dim).to(dtype)
+    key, value = held[0, :, :, :33], held[1, :, :, :33]
+    query = torch.randn(2, heads, 1, head_dim)
+    sinks = torch.randn(heads) if with_sinks else None
+    bias = torch.zeros(2, 33).masked_fill_(torch.rand(2, 33) < 0.3, -torch.inf) if masked else None
+    found = native.attend(query, key, value, bias, sinks, 0.2, softcap)
+    mask = Mask() if bias is None else Mask(bias[:, None, None])
+    # Twice the same token, so that the explicit scores are asked and not the kernel.
+    twice = torch.cat((query, query), 2)
+    expected = attend(twice, key.float(), value.float(), mask, 0.2, softcap, sinks)[:, :, :1]
+    torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-6)
+
+
+@needs_kernels
+def test_any_number_of_threads_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x = packed_weight("Q4_0", 1030, 256), torch.randn(2, 256)
+    results = []
+    for threads in (1, 2, 3, 16):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        results.append(native.linear(x, weight, "Q4_0"))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_rounded_is_int8() -> None:
+    x = torch.randn(3, 64)
+    steps = rounded(x).unflatten(-1, (-1, 32)) / (x.unflatten(-1, (-1, 32)).abs().amax(-1, keepdim=True) / 127)
+    torch.testing.assert_close(steps, steps.round(), rtol=0.0, atol=1e-4)
+    assert steps.abs().max() < 127.5
+    assert torch.equal(rounded(torch.zeros(1, 32)), torch.zeros(1, 32))
+
+
+@pytest.mark.parametrize("kind", BLOCK_FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_and_many_rows_agree(kind: str, dtype: torch.dtype) -> None:
+    weight, x = packed_weight(kind, 50, 512), torch.randn(FEW_ROWS + 1, 512).to(dtype)
+    many, few = packed_product(x, weight, kind), packed_product(x[:3], weight, kind)
+    assert many.dtype == few.dtype == dtype
+    exact = x.float() @ BLOCK_FORMATS[kind].unpack(weight).T
+    close(many.float(), exact, 0.02)
+    close(few.float(), exact[:3], 0.02)
+
+
+@pytest.mark.parametrize("kind", BLOCK_FORMATS)
+def test_without_kernels_torch_serves(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x = packed_weight(kind, 50, 512), torch.randn(2, 3, 512)
+    found, wide = packed_product(x, weight, kind), expanded(weight, kind)
+    monkeypatch.setattr(native, "library", lambda: None)
+    close(packed_product(x, weight, kind), found, 2e-6)
+    assert torch.equal(expanded(weight, kind), wide)
+
+
+def test_the_operator_is_seen_by_export() -> None:
+    layer = PackedLinear.from_float(torch.randn(40, 256), torch.randn(40), "Q4_0")
+    x = torch.randn(2, 3, 256)
+    program = torch.export.export(layer, (x,))
+    assert any("packed_product" in str(node.target) for node in program.graph.nodes)
+    assert torch.equal(program.module()(x), layer(x))
+
+
+@pytest.mark.parametrize("kind", BLOCK_FORMATS)
+def test_layers(kind: str) -> None:
+    weight, bias = torch.randn(40, 512), torch.randn(40)
+    layer = PackedLinear.from_float(weight, bias, kind)
+    assert (layer.in_features, layer.out_features) == (512, 40)
+    table = BLOCK_FORMATS[kind].unpack(BLOCK_FORMATS[kind].pack(weight))
+    assert torch.equal(layer.dequantize(), table)
+    x = torch.randn(2, 3, 512)
+    close(layer(x), functional.linear(x, table, bias), 0.02)
+    embedding = PackedEmbedding(40, 512, 2.5, kind, torch.float32)
+    embedding.weight = layer.weight
+    ids = torch.tensor([[1, 39, 0]])
+    assert torch.equal(embedding(ids), 2.5 * table[ids])
+    assert torch.equal(embedding.dequantize(), table)
+    close(embedding.project(x), x @ table.T, 0.02)
