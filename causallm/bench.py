@@ -123,7 +123,7 @@ def bytes_per_step(model: CausalLM, case: Case) -> float:
     for store in model.modules():
         if isinstance(store, ExpertStore):
             read -= size_in_bytes(store) * (1 - cfg.num_experts_per_tok / len(store)) ** case.batch
-    position = 2 * cfg.num_key_value_heads * cfg.head_dim * model.dtype.itemsize
+    position = 2 * cfg.num_key_value_heads * cfg.head_dim * model.cache_dtype.itemsize
     lengths = range(case.depth + 1, case.depth + case.tokens + 1)
     windows = (cfg.window(layer_id) or lengths.stop for layer_id in range(cfg.num_hidden_layers))
     positions = sum(statistics.fmean(min(length, window) for length in lengths) for window in windows)

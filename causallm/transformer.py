@@ -12,6 +12,7 @@ from causallm.blocks import Attention, DecoderBlock, Mlp
 from causallm.config import GenerationConfig, ModelConfig, RuntimeConfig
 from causallm.tokenizer import Tokenizer
 from layers.embedding_layer import EmbeddingLayer
+from layers.kernels import native
 from layers.kv_cache import KVCache, SlidingKVCache, StaticKVCache
 from layers.linear import FullyConnected
 from layers.mha_core import MHACore
@@ -123,7 +124,7 @@ class Transformer(nn.Module):
     def createCache(self, layer_id: int, batch: int, capacity: int | None) -> KVCache:
         """The cache of one layer: sliding where its attention slides, else fixed at `capacity` or growing."""
         cfg, window = self.config, self.config.window(layer_id)
-        shape = (batch, cfg.num_key_value_heads, cfg.head_dim, self.dtype, self.device)
+        shape = (batch, cfg.num_key_value_heads, cfg.head_dim, self.cache_dtype, self.device)
         if window is not None:
             return SlidingKVCache(*shape, window=window)
         return KVCache(*shape) if capacity is None else StaticKVCache(*shape, capacity=capacity)
@@ -162,6 +163,12 @@ class Transformer(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """That of keys and values: the activations', but fp16 for packed weights where kernels read it (NNTrainer)."""
+        packed = self.runtime_config.fc_format is not None and self.dtype == torch.float32
+        return torch.float16 if packed and self.device.type == "cpu" and native.library() is not None else self.dtype
 
     def forward(
         self,

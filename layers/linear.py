@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from layers.kernels import native
+
 FEW_ROWS = 8
 """Up to so many fp32 rows a product on the CPU is split by hand; measured on two cores, 3072 x 1024."""
 SPLIT_DTYPES = (torch.float32, torch.float64)
@@ -28,6 +30,10 @@ def project(
     """x W^T + b in the weight's dtype, the result in x's."""
     if torch.is_autocast_enabled(x.device.type):
         return functional.linear(x, weight, bias)
+    if _multiplies_natively(x, weight):
+        exact = native.linear(x.reshape(-1, x.shape[-1]).float(), weight, native.FLOATS[weight.dtype])
+        result = (exact if bias is None else exact + bias).to(x.dtype)
+        return result.view(*x.shape[:-1], weight.shape[0])
     rows = x.to(weight.dtype)
     if rows.device.type == "cpu" and rows.dtype in SPLIT_DTYPES and not torch.compiler.is_compiling():
         few = rows.numel() <= FEW_ROWS * rows.shape[-1]
@@ -37,6 +43,20 @@ def project(
             product = _OneDnn.apply if torch.is_grad_enabled() else _onednn
             return product(rows, weight, bias).to(x.dtype)
     return functional.linear(rows, weight, bias).to(x.dtype)
+
+
+def _multiplies_natively(x: Tensor, weight: Tensor) -> bool:
+    """A few rows on a CPU without a gradient, for which the native kernels read the weight at the memory's speed."""
+    return (
+        x.device.type == "cpu"
+        and x.numel() <= FEW_ROWS * x.shape[-1]
+        and x.dtype == weight.dtype
+        and x.dtype in native.FLOATS
+        and weight.is_contiguous()
+        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and not torch.compiler.is_compiling()
+        and native.library() is not None
+    )
 
 
 def _split(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from layers.kernels import native
 from layers.kv_cache import KVCache
 from layers.lm_head import softcap
 from layers.rope import Rope, rotate
@@ -75,6 +76,10 @@ def attend(
         query = query.to(torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
             return attend(query, key, value, mask, scale, score_softcap, sinks)
+    if attends_natively(query, key, value):
+        bias = None if mask.bias is None else mask.bias[:, 0, 0].float()
+        wide = None if sinks is None else sinks.float()
+        return native.attend(query.float(), key, value, bias, wide, scale, score_softcap).to(query.dtype)
     key, value = key.to(query.dtype), value.to(query.dtype)
     if score_softcap is None and sinks is None:
         if query.shape[2] == 1:
@@ -92,6 +97,22 @@ def attend(
             for number, block in enumerate(blocks)
         ],
         2,
+    )
+
+
+def attends_natively(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the native kernel serves: one token on a CPU, no gradient, a cache of floats in whole vectors."""
+    return (
+        query.shape[2] == 1
+        and query.device.type == "cpu"
+        and key.dtype in native.FLOATS
+        and value.dtype == key.dtype
+        and query.dtype != torch.float64
+        and key.shape[3] % 16 == 0
+        and key.stride(3) == value.stride(3) == 1
+        and not (torch.is_grad_enabled() and query.requires_grad)
+        and not torch.compiler.is_compiling()
+        and native.library() is not None
     )
 
 

@@ -65,7 +65,7 @@ def test_the_reader_of_imports_sees_them() -> None:
     """Or the tests below could not fail."""
     assert "causallm.config" in set(imports(ROOT / "causallm" / "transformer.py"))
     assert "layers.step" in set(imports(ROOT / "causallm" / "transformer.py"))
-    assert imported_rooms(ROOT / "layers" / "linear.py") == {"torch", "jaxtyping"}
+    assert imported_rooms(ROOT / "layers" / "rms_norm.py") == {"torch", "jaxtyping", "layers"}
     assert all(sources(room) for room in (*PACKAGES, "tests"))
 
 

@@ -18,10 +18,13 @@ from layers.activation import ACTIVATIONS
 from layers.embedding_layer import EmbeddingLayer
 from layers.expert_store import ResidentExperts
 from layers.gpt_oss_moe import GptOssExperts, GptOssMoe
+from layers.kernels.block_formats import BLOCK_FORMATS
+from layers.kernels.packed_product import FEW_ROWS as FEW_PACKED_ROWS
 from layers.linear import FEW_ROWS, FullyConnected, project
 from layers.lm_head import LmHead, softcap
 from layers.mha_core import MHACore, attend
 from layers.moe_routing import mix_experts
+from layers.packed import PackedEmbedding, PackedLinear
 from layers.precision import at_least_float32
 from layers.qwen_moe import QwenMoe
 from layers.reshaped_rms_norm import OffsetReshapedRMSNorm, ReshapedRMSNorm
@@ -95,8 +98,21 @@ def layer_classes() -> Iterator[type[nn.Module]]:
 def test_no_layer_is_forgotten() -> None:
     """The table above and the tests below name every class; a new layer comes here as well."""
     checked = {type(make()[0]) for make in LAYERS.values()}
-    checked |= {SwiGLU, ClampedSwiGLU, MHACore, QwenMoe, GptOssMoe}
+    checked |= {SwiGLU, ClampedSwiGLU, MHACore, QwenMoe, GptOssMoe, PackedLinear, PackedEmbedding}
     assert set(layer_classes()) - checked == set()
+
+
+@pytest.mark.parametrize("kind", BLOCK_FORMATS)
+@pytest.mark.parametrize("rows", [2, FEW_PACKED_ROWS + 1])
+def test_packed_layers_hand_gradients_through(kind: str, rows: int) -> None:
+    """By the input and the bias: the packed weight itself is frozen."""
+    layer = PackedLinear.from_float(randn(3, 256), randn(3), kind)
+    bias = torch.nn.Parameter(randn(3))
+    layer.bias = bias
+    check(lambda x, _: layer(x), randn(rows, 256), bias)
+    table = PackedEmbedding(3, 256, 1.0, kind, F64)
+    table.weight = layer.weight
+    check(table.project, randn(rows, 256))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -1,13 +1,18 @@
 """The native kernels against their torch twins, for every kind of processor that this one can act as."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from text_models import save_text_model
 from torch import Tensor
 from torch.nn import functional
 
+from causallm import load_model
 from layers.kernels import native
 from layers.kernels.block_formats import BLOCK_FORMATS
 from layers.kernels.packed_product import FEW_ROWS, expanded, packed_product, packed_product_twin, rounded
+from layers.linear import FullyConnected
 from layers.mha_core import attend
 from layers.packed import PackedEmbedding, PackedLinear
 from layers.step import Mask
@@ -152,3 +157,28 @@ def test_layers(kind: str) -> None:
     assert torch.equal(embedding(ids), 2.5 * table[ids])
     assert torch.equal(embedding.dequantize(), table)
     close(embedding.project(x), x @ table.T, 0.02)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", native.FLOATS)
+def test_a_few_rows_of_floats_go_to_the_kernels(dtype: torch.dtype) -> None:
+    layer = FullyConnected.from_float(torch.randn(40, 96).to(dtype), torch.randn(40).to(dtype))
+    x = torch.randn(2, 3, 96).to(dtype)
+    exact = functional.linear(x.double(), layer.weight.double(), layer.bias.double())
+    with torch.no_grad():
+        assert torch.equal(layer(x), native_linear(x, layer))
+        close(layer(x).double(), exact, 2e-6 if dtype == torch.float32 else 2**-8)
+        assert layer(x[:, :0]).shape == (2, 0, 40)
+
+
+def native_linear(x: Tensor, layer: FullyConnected) -> Tensor:
+    product = native.linear(x.flatten(0, 1).float(), layer.weight, native.FLOATS[x.dtype])
+    return (product + layer.bias).to(x.dtype).view(*x.shape[:-1], -1)
+
+
+@needs_kernels
+def test_packed_models_keep_their_cache_in_fp16(tmp_path: Path) -> None:
+    save_text_model(tmp_path, "Qwen3Config", hidden_size=64, intermediate_size=96, num_attention_heads=4, head_dim=16)
+    packed, floats = (load_model(tmp_path, model_tensor_type=f"{kind}-FP32") for kind in ("Q8_0", "FP32"))
+    assert packed.make_cache()[0].state()["keys"].dtype == torch.float16
+    assert floats.make_cache()[0].state()["keys"].dtype == torch.float32

@@ -18,7 +18,7 @@ def packed_product(
     """x W^T for a weight in one of `BLOCK_FORMATS`, in x's dtype.
 
     On a CPU up to `FEW_ROWS` rows are rounded to int8, one scale for 32 values, as llama.cpp does, and more rows to
-    bf16; sums are in fp32. Elsewhere the weight is expanded to x's dtype.
+    bf16; sums are in fp32. Elsewhere, and where x needs a gradient, the weight is expanded to x's dtype.
     """
     if torch.compiler.is_compiling():
         return torch.ops.causallm.packed_product(x, weight, kind)
@@ -26,7 +26,7 @@ def packed_product(
 
 
 def _product(x: Tensor, weight: Tensor, kind: str) -> Tensor:
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or (torch.is_grad_enabled() and x.requires_grad):
         return functional.linear(x, BLOCK_FORMATS[kind].unpack(weight, x.dtype))
     rows = x.reshape(-1, x.shape[-1])
     if len(rows) > FEW_ROWS:
@@ -35,7 +35,7 @@ def _product(x: Tensor, weight: Tensor, kind: str) -> Tensor:
         product = packed_product_twin(rows, weight, kind)
     else:
         product = native.linear(rows.float(), weight, kind)
-    return product.to(x.dtype).view(*x.shape[:-1], -1)
+    return product.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
 
 
 def expanded(
