@@ -51,6 +51,7 @@ def _multiplies_natively(x: Tensor, weight: Tensor) -> bool:
         x.device.type == "cpu"
         and x.numel() <= FEW_ROWS * x.shape[-1]
         and x.dtype == weight.dtype
+        and x.shape[-1] == weight.shape[1]
         and x.dtype in native.FLOATS
         and weight.is_contiguous()
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))

@@ -12,7 +12,7 @@ from causallm import load_model
 from layers.kernels import native
 from layers.kernels.block_formats import BLOCK_FORMATS
 from layers.kernels.packed_product import FEW_ROWS, expanded, packed_product, packed_product_twin, rounded
-from layers.linear import FullyConnected
+from layers.linear import FullyConnected, project
 from layers.mha_core import attend
 from layers.packed import PackedEmbedding, PackedLinear
 from layers.step import Mask
@@ -182,3 +182,14 @@ def test_packed_models_keep_their_cache_in_fp16(tmp_path: Path) -> None:
     packed, floats = (load_model(tmp_path, model_tensor_type=f"{kind}-FP32") for kind in ("Q8_0", "FP32"))
     assert packed.make_cache()[0].state()["keys"].dtype == torch.float16
     assert floats.make_cache()[0].state()["keys"].dtype == torch.float32
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="rows of 96 values do not fit a Q8_0 weight of 64 columns"):
+        packed_product(torch.randn(1, 96), packed_weight("Q8_0", 4, 64), "Q8_0")
+
+
+@pytest.mark.usefixtures("untyped")
+def test_a_float_weight_of_another_width_is_torchs_error() -> None:
+    with torch.no_grad(), pytest.raises(RuntimeError, match="shape"):
+        project(torch.randn(1, 32), torch.randn(4, 64))

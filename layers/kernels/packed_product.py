@@ -19,7 +19,11 @@ def packed_product(
 
     On a CPU up to `FEW_ROWS` rows are rounded to int8, one scale for 32 values, as llama.cpp does, and more rows to
     bf16; sums are in fp32. Elsewhere, and where x needs a gradient, the weight is expanded to x's dtype.
+    ValueError where the shapes do not fit.
     """
+    if BLOCK_FORMATS[kind].row_bytes(x.shape[-1]) != weight.shape[1]:
+        held = BLOCK_FORMATS[kind].row_values(weight.shape[1])
+        raise ValueError(f"rows of {x.shape[-1]} values do not fit a {kind} weight of {held} columns")
     if torch.compiler.is_compiling():
         return torch.ops.causallm.packed_product(x, weight, kind)
     return _product(x, weight, kind)
