@@ -16,7 +16,7 @@ setup(
         Extension(
             "layers.kernels._native",
             ["layers/kernels/native.c"],
-            depends=["layers/kernels/kernels.h"],
+            depends=[f"layers/kernels/{name}.h" for name in ("formats", "kernels", "block_rows")],
             extra_compile_args=["-O3", "-std=gnu11", "-fvisibility=hidden", "-fno-math-errno", "-Wno-psabi"],
             optional=True,
         )

@@ -45,24 +45,12 @@ def library() -> ctypes.CDLL | None:
     return loaded
 
 
-def kernels_name() -> str:
-    """What the kernels in use were made for: "AVX-512 VNNI", "AVX2", "plain C", or "torch" where there are none."""
-    loaded = library()
-    return "torch" if loaded is None else _chosen(loaded)
-
-
 def choose(level: int) -> str:
-    """Use kernels for at most this `level` of processor, for tests; returns the name of those in use."""
+    """Use kernels for at most this `level` of processor, for tests; returns their name, or "torch" without any."""
     loaded = library()
     if loaded is None:
         return "torch"
-    _chosen.cache_clear()
     return loaded.causallm_choose(level).decode()
-
-
-@cache
-def _chosen(loaded: ctypes.CDLL) -> str:
-    return loaded.causallm_choose(AVX512).decode()
 
 
 def _team() -> int | None:
