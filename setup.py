@@ -1,5 +1,7 @@
 """The native kernels, an optional part: without a C compiler the package installs and torch's operators serve."""
 
+from pathlib import Path
+
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -16,7 +18,7 @@ setup(
         Extension(
             "layers.kernels._native",
             ["layers/kernels/native.c"],
-            depends=[f"layers/kernels/{name}.h" for name in ("formats", "kernels", "block_rows")],
+            depends=sorted(map(str, Path("layers/kernels").glob("*.h"))),
             extra_compile_args=["-O3", "-std=gnu11", "-fvisibility=hidden", "-fno-math-errno", "-Wno-psabi"],
             optional=True,
         )

@@ -1,8 +1,12 @@
 """The wiring of layers inside a decoder block; residual connections live here and nowhere else."""
 
+from collections.abc import Sequence
+
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from layers.kernels.half_arguments import ATTENTION, MLP, Half
+from layers.kernels.halves import run_halves
 from layers.kv_cache import KVCache
 from layers.step import Step
 
@@ -51,11 +55,19 @@ class DecoderBlock(nn.Module):
         self.input_layernorm, self.self_attn = input_layernorm, self_attn
         self.post_attention_layernorm, self.mlp = post_attention_layernorm, mlp
 
+    def halves(self) -> tuple[Half, Half]:
+        """What the block does: attention, then MLP."""
+        return (
+            Half(KINDS.get(type(self.self_attn)), self, self.self_attn, self.input_layernorm),
+            Half(KINDS.get(type(self.mlp)), self, self.mlp, self.post_attention_layernorm),
+        )
+
     def forward(
         self, x: Float[Tensor, "batch time dim"], step: Step, cache: KVCache | None
     ) -> Float[Tensor, "batch time dim"]:
-        x = x + self.self_attn(self.input_layernorm(x), step, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        attention, mlp = self.halves()
+        x = _run_half(attention, x, step, cache)
+        return _run_half(mlp, x, step, cache)
 
 
 class SandwichBlock(DecoderBlock):
@@ -74,8 +86,48 @@ class SandwichBlock(DecoderBlock):
         self.pre_feedforward_layernorm = pre_feedforward_layernorm
         self.post_feedforward_layernorm = post_feedforward_layernorm
 
-    def forward(
-        self, x: Float[Tensor, "batch time dim"], step: Step, cache: KVCache | None
-    ) -> Float[Tensor, "batch time dim"]:
-        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), step, cache))
-        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+    def halves(self) -> tuple[Half, Half]:
+        attention, mlp = super().halves()
+        return (
+            attention._replace(post_norm=self.post_attention_layernorm),
+            mlp._replace(norm=self.pre_feedforward_layernorm, post_norm=self.post_feedforward_layernorm),
+        )
+
+
+KINDS: dict[type[nn.Module], int] = {Attention: ATTENTION, Mlp: MLP}
+"""Bodies of halves that the native kernels know; a subclass may do something else."""
+
+
+def run_blocks(
+    blocks: nn.ModuleList, x: Float[Tensor, "batch time dim"], step: Step, cache: Sequence[KVCache] | None
+) -> Float[Tensor, "batch time dim"]:
+    """What the blocks make of x one after the other; in one native call where the kernels know all of them."""
+    result = run_halves(blocks, lambda: _halves_of(blocks), x, step, cache)
+    if result is not None:
+        return result
+    for layer_id, block in enumerate(blocks):
+        x = block(x, step, cache[layer_id] if cache else None)
+    return x
+
+
+def _halves_of(blocks: nn.ModuleList) -> list[Half]:
+    """All halves in order; none where a block is of a class that may do something else."""
+    known = [
+        block for block in blocks if isinstance(block, DecoderBlock) and type(block) in (DecoderBlock, SandwichBlock)
+    ]
+    return [half for block in known for half in block.halves()] if len(known) == len(blocks) else []
+
+
+def _run_half(
+    half: Half, x: Float[Tensor, "batch time dim"], step: Step, cache: KVCache | None
+) -> Float[Tensor, "batch time dim"]:
+    """One half, in one native call where the kernels know it."""
+    attends = half.body is half.block._modules["self_attn"]
+    if half.kind is not None:
+        caches = None if cache is None else ([cache] if attends else [])
+        result = run_halves(half.body, lambda: [half], x, step, caches)
+        if result is not None:
+            return result
+    normalised = half.norm(x)
+    change = half.body(normalised, step, cache) if attends else half.body(normalised)
+    return x + (change if half.post_norm is None else half.post_norm(change))

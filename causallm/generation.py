@@ -1,6 +1,5 @@
-"""Generating text: prefill, then one position at a time over the cache."""
+"""Generating text: prefill, then one position at a time over the cache, or a draft at a time where one is looked up."""
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +9,9 @@ from torch import Tensor
 
 from causallm.config import GenerationConfig
 from causallm.penalties import TokenHistory, adjust_logits
-from causallm.report import Report
+from causallm.prompt_ids import check_ids, fit_prompt, left_pad
+from causallm.prompt_lookup import PromptLookup, rotates_alike
+from causallm.report import Lookup, Report
 from causallm.sampling import make_generators, sample
 from causallm.stop_strings import StopStrings
 from causallm.stream_decoder import StreamDecoder
@@ -54,6 +55,10 @@ def generate(
     prompt that is empty, unknown to the vocabulary or without room in the model's context is a ValueError at once; with
     `truncate` one that is too long loses its beginning. `report` is filled in as it goes; `on_prefill` is called after
     each chunk with the prompt columns done and those of the longest prompt.
+
+    With prompt_lookup_num_tokens rows run one after the other, for each accepts another number of drafted tokens. Every
+    token is still chosen from its own logits by every rule and with its own random number, so events are those of plain
+    decoding but for rounding: a step of several tokens may differ from steps of one in the last bits of its logits.
     """
     for prompt in prompts:
         check_ids(prompt, model.config.vocab_size)
@@ -63,7 +68,7 @@ def generate(
         _Row(number, prompt, generator, model, config)
         for number, (prompt, generator) in enumerate(zip(fitted, generators, strict=True))
     ]
-    size = model.runtime_config.batch_size or len(rows)
+    size = 1 if config.prompt_lookup_num_tokens else model.runtime_config.batch_size or len(rows)
     batches = (rows[start : start + size] for start in range(0, len(rows), size or 1))
     report = Report() if report is None else report
     return (event for batch in batches for event in _run(model, batch, config, static_cache, report, on_prefill))
@@ -81,12 +86,34 @@ def _run(
     ids, padding = left_pad([row.history.tokens for row in rows], model.device)
     # The last token of a row is never put into the cache.
     columns = ids.shape[1] + max(row.room for row in rows) - 1
-    cache = model.make_cache(len(rows), columns if static_cache else None)
+    drafted = config.prompt_lookup_num_tokens
+    cache = model.make_cache(len(rows), columns if static_cache else None, drafted)
     report.prompt_tokens += sum(len(row.history.tokens) for row in rows)
     chunk = model.runtime_config.init_seq_len or DEFAULT_CHUNK
     with report.timed("prefill"):
         tokens = choose(prefill(model, ids, cache, padding, chunk, on_prefill), rows, config)
     report.first_tokens += len(rows)
+    steps = (
+        _by_lookup(model, rows[0], int(tokens), cache, config, report)
+        if drafted
+        else _one_by_one(model, rows, tokens, cache, padding, config, report)
+    )
+    try:
+        yield from steps
+    finally:
+        report.note_cache(model.cache_dtype, sum(layer.nbytes for layer in cache))
+
+
+def _one_by_one(
+    model: Transformer,
+    rows: Sequence["_Row"],
+    tokens: Int[Tensor, "batch"],
+    cache: Sequence[KVCache],
+    padding: Int[Tensor, "batch"] | None,
+    config: GenerationConfig,
+    report: Report,
+) -> Iterator[Event]:
+    """From the first token of each row on, a step for each further one."""
     while True:
         for row, token in zip(rows, tokens.tolist(), strict=True):
             if row.finish is None:
@@ -96,6 +123,37 @@ def _run(
             return
         with report.timed("generation"):
             tokens = choose(decode_one(model, tokens, cache, padding), rows, config)
+
+
+def _by_lookup(
+    model: Transformer, row: "_Row", token: int, cache: Sequence[KVCache], config: GenerationConfig, report: Report
+) -> Iterator[Event]:
+    """From the first token of a row on, a step for a token and its draft, of which is kept as much as came true."""
+    lookup = PromptLookup(row.history.tokens, config.max_matching_ngram_size, config.prompt_lookup_num_tokens)
+    ropes = {model.config.rope(layer_id) for layer_id in range(len(model.layers))}
+    counts = report.lookup = report.lookup or Lookup()
+    report.generated_tokens += 1
+    yield row.take(token)
+    while row.finish is None:
+        with report.timed("generation"):
+            begin = cache[0].offset
+            # A step gives one token more than it drafts, and the last token of a row is never put into the cache.
+            room = min(lookup.length, row.room - 1)
+            draft = lookup.draft(room if rotates_alike(ropes, begin + 1, begin + 1 + room) else 0)
+            logits = decode_draft(model, [token, *draft], cache)
+        counts.steps, counts.drafted = counts.steps + 1, counts.drafted + len(draft)
+        for accepted, each in enumerate(logits.split(1)):
+            with report.timed("generation"):
+                token = int(choose(each, [row], config))
+            right = draft[accepted : accepted + 1] == [token]
+            counts.accepted += right
+            report.generated_tokens += 1
+            yield row.take(token)
+            if row.finish or not right:
+                break
+        with report.timed("generation"):
+            take_back(cache, begin + 1 + accepted)
+            lookup.learn(len(draft), accepted)
 
 
 @torch.inference_mode()
@@ -130,55 +188,25 @@ def decode_one(
 
 
 @torch.inference_mode()
+def decode_draft(model: Transformer, tokens: Sequence[int], cache: Sequence[KVCache]) -> Float[Tensor, "time vocab"]:
+    """Put a token of the only row and the draft of what follows into the cache; returns the logits after each."""
+    return model(torch.tensor([tokens], device=model.device), cache, last=len(tokens))[0]
+
+
+@torch.inference_mode()
+def take_back(cache: Sequence[KVCache], columns: int) -> None:
+    """Forget all but the first `columns` positions; in inference mode, whose tensors nothing else may write to."""
+    for layer in cache:
+        layer.truncate(columns)
+
+
+@torch.inference_mode()
 def choose(
     logits: Float[Tensor, "batch vocab"], rows: Sequence["_Row"], config: GenerationConfig
 ) -> Int[Tensor, "batch"]:
     """The next token of each row, every option obeyed."""
     adjusted = adjust_logits(logits, [row.history for row in rows], config)
     return sample(adjusted, config, [row.generator for row in rows])
-
-
-def check_ids(prompt: Sequence[int], vocab_size: int) -> None:
-    """ValueError for a prompt without tokens or with one that the model does not know."""
-    if not prompt:
-        raise ValueError("the prompt is empty: it has no tokens, expected at least one")
-    for token in (min(prompt), max(prompt)):
-        if not 0 <= token < vocab_size:
-            raise ValueError(
-                f"the prompt has token id {token}, expected 0 <= id < {vocab_size}; does the tokenizer belong to "
-                "the model?"
-            )
-
-
-def fit_prompt(prompt: Sequence[int], config: GenerationConfig, max_length: int, truncate: bool) -> list[int]:
-    """The prompt, or its end if it may be truncated, so that at least one token fits after it.
-
-    A truncated prompt leaves room for max_new_tokens, but keeps at least half of the context, and its beginning-of-
-    sequence token if it has one: some models give nonsense without.
-    """
-    if len(prompt) < max_length:
-        return list(prompt)
-    if not truncate:
-        raise ValueError(
-            f"the prompt has {len(prompt)} tokens, but the context is {max_length} tokens, of which at least one is "
-            "to be generated; shorten it, raise max_seq_len where the model allows it, or ask to truncate"
-        )
-    room = max(max_length - config.max_new_tokens, max_length // 2, 1)
-    kept = list(prompt[-room:])
-    if prompt[0] == config.bos_token_id and room > 1:
-        kept[0] = prompt[0]
-    warnings.warn(f"{len(prompt) - room} of the prompt's {len(prompt)} tokens are left out", stacklevel=2)
-    return kept
-
-
-def left_pad(
-    prompts: Sequence[Sequence[int]], device: torch.device
-) -> tuple[Int[Tensor, "batch time"], Int[Tensor, "batch"] | None]:
-    """One tensor of all prompts, and how many columns of each row are padding (None where none is)."""
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-    padding = [longest - len(prompt) for prompt in prompts]
-    return ids, torch.tensor(padding, device=device) if any(padding) else None
 
 
 class _Row:

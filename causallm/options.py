@@ -10,6 +10,7 @@ from causallm.penalties import bad_word_sequences
 from causallm.sampling import check_sampling
 from causallm.tokenizer import Tokenizer
 
+LEAST = {"max_new_tokens": 1, "prompt_lookup_num_tokens": 0, "max_matching_ngram_size": 1}
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
 
 
@@ -50,6 +51,8 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "stop": _texts,
     "seed": lambda seed: seed if isinstance(seed, int) else _ids(seed),
     "max_new_tokens": index,
+    "prompt_lookup_num_tokens": index,
+    "max_matching_ngram_size": index,
 }
 """Every option, and what makes one of the ways in which callers write it; TypeError or ValueError for others."""
 
@@ -70,8 +73,9 @@ def generation_options(
     config = replace(base, **chosen)
     if words or config.stop:
         config = _with_texts(config, tokenizer, words)
-    if config.max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: got {config.max_new_tokens}, expected at least 1")
+    for name, least in LEAST.items():
+        if getattr(config, name) < least:
+            raise ValueError(f"{name}: got {getattr(config, name)}, expected at least {least}")
     check_sampling(config, vocab_size)
     return config
 

@@ -8,10 +8,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+
+@dataclass
+class Lookup:
+    """What drafts were worth: decoding steps, tokens drafted in them, and drafted tokens that came true."""
+
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+    @property
+    def acceptance(self) -> float:
+        """The share of drafted tokens that came true."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
 
 @dataclass
 class Report:
-    """Filled in while a model loads and generates. Times in seconds; tokens summed over the rows of a batch."""
+    """Filled in while a model loads and generates. Times in seconds; tokens summed over the rows of a batch.
+
+    cache_dtype, cache_bytes: of the keys and values at the end, or of the largest batch; None, 0 before the first.
+    lookup: None where nothing is drafted.
+    """
 
     prompt_tokens: int = 0
     generated_tokens: int = 0
@@ -19,6 +39,9 @@ class Report:
     load_seconds: float = 0.0
     prefill_seconds: float = 0.0
     generation_seconds: float = 0.0
+    cache_dtype: torch.dtype | None = None
+    cache_bytes: int = 0
+    lookup: Lookup | None = None
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -28,6 +51,10 @@ class Report:
             yield
         finally:
             setattr(self, name, getattr(self, name) + time.perf_counter() - start)
+
+    def note_cache(self, dtype: torch.dtype, nbytes: int) -> None:
+        """Take in how large the cache of one batch has become."""
+        self.cache_dtype, self.cache_bytes = dtype, max(self.cache_bytes, nbytes)
 
     @property
     def prefill_rate(self) -> float:
@@ -40,19 +67,33 @@ class Report:
         steps = self.generated_tokens - self.first_tokens
         return steps / self.generation_seconds if steps and self.generation_seconds else 0.0
 
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens that a decoding step gave, 1 in plain decoding of one row; of steps with drafts only."""
+        steps = self.lookup.steps if self.lookup else 0
+        return (self.generated_tokens - self.first_tokens) / steps if steps else 0.0
+
     def lines(self) -> list[str]:
         """The report as text."""
-        return [
+        lines = [
             f"prefill: {self.prompt_tokens} tokens, {self.prefill_seconds * 1e3:.0f} ms, {self.prefill_rate:.1f} TPS",
             f"generation: {self.generated_tokens} tokens, {self.generation_seconds * 1e3:.0f} ms, "
             f"{self.generation_rate:.1f} TPS",
             f"load: {self.load_seconds * 1e3:.0f} ms, first token after: {self.prefill_seconds * 1e3:.0f} ms, "
             f"peak memory: {peak_memory() / 1e6:.0f} MB",
         ]
+        if self.cache_dtype:
+            lines.append(f"cache: {_name(self.cache_dtype)}, {self.cache_bytes / 1e6:.1f} MB")
+        if self.lookup:
+            lines.append(
+                f"lookup: {self.lookup.accepted} of {self.lookup.drafted} drafted tokens accepted "
+                f"({100 * self.lookup.acceptance:.0f} %), {self.tokens_per_step:.2f} tokens per step"
+            )
+        return lines
 
     def as_json(self) -> dict[str, Any]:
-        """The report as plain values; times in milliseconds, memory in bytes."""
-        return {
+        """The report as plain values; times in milliseconds, memory in bytes; without keys of what there is not."""
+        content: dict[str, Any] = {
             "prompt_tokens": self.prompt_tokens,
             "generated_tokens": self.generated_tokens,
             "load_ms": round(self.load_seconds * 1e3, 3),
@@ -63,6 +104,20 @@ class Report:
             "time_to_first_token_ms": round(self.prefill_seconds * 1e3, 3),
             "peak_memory_bytes": peak_memory(),
         }
+        if self.cache_dtype:
+            content |= {"cache_dtype": _name(self.cache_dtype), "cache_bytes": self.cache_bytes}
+        if self.lookup:
+            content |= {
+                "draft_tokens": self.lookup.drafted,
+                "draft_tokens_accepted": self.lookup.accepted,
+                "draft_acceptance": round(self.lookup.acceptance, 4),
+                "tokens_per_step": round(self.tokens_per_step, 3),
+            }
+        return content
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def peak_memory() -> int:

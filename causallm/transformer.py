@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from causallm.blocks import Attention, DecoderBlock, Mlp
+from causallm.blocks import Attention, DecoderBlock, Mlp, run_blocks
 from causallm.config import GenerationConfig, ModelConfig, RuntimeConfig
 from causallm.tokenizer import Tokenizer
 from layers.embedding_layer import EmbeddingLayer
@@ -121,12 +121,15 @@ class Transformer(nn.Module):
         """The feed-forward part of one block."""
         return self.make_mlp(self.config.intermediate_size)
 
-    def createCache(self, layer_id: int, batch: int, capacity: int | None) -> KVCache:
-        """The cache of one layer: sliding where its attention slides, else fixed at `capacity` or growing."""
+    def createCache(self, layer_id: int, batch: int, capacity: int | None, rollback: int = 0) -> KVCache:
+        """The cache of one layer: sliding where its attention slides, else fixed at `capacity` or growing.
+
+        rollback: how many columns of an update can be taken back right after it; without limit where nothing slides.
+        """
         cfg, window = self.config, self.config.window(layer_id)
         shape = (batch, cfg.num_key_value_heads, cfg.head_dim, self.cache_dtype, self.device)
         if window is not None:
-            return SlidingKVCache(*shape, window=window)
+            return SlidingKVCache(*shape, window=window, rollback=rollback)
         return KVCache(*shape) if capacity is None else StaticKVCache(*shape, capacity=capacity)
 
     def createLayer(self, type_name: str, **properties: Any) -> Any:
@@ -155,9 +158,13 @@ class Transformer(nn.Module):
             activation=self.createLayer("swiglu", activation=self.config.hidden_act),
         )
 
-    def make_cache(self, batch: int = 1, capacity: int | None = None) -> list[KVCache]:
-        """One empty cache per layer; `capacity` positions are allocated at once where it is given."""
-        return [self.createCache(layer_id, batch, capacity) for layer_id in range(len(self.layers))]
+    def make_cache(self, batch: int = 1, capacity: int | None = None, rollback: int = 0) -> list[KVCache]:
+        """One empty cache per layer; `capacity` positions are allocated at once where it is given.
+
+        rollback: how many positions `truncate` must be able to take back right after they came, whatever the window.
+        """
+        given = {"rollback": rollback} if rollback else {}  # a family's own createCache need not know of it
+        return [self.createCache(layer_id, batch, capacity, **given) for layer_id in range(len(self.layers))]
 
     @property
     def device(self) -> torch.device:
@@ -199,6 +206,4 @@ class Transformer(nn.Module):
             rope_length=rope_length,
             documents=documents,
         )
-        for layer_id, block in enumerate(self.layers):
-            x = block(x, step, cache[layer_id] if cache else None)
-        return self.norm(x)
+        return self.norm(run_blocks(self.layers, x, step, cache))

@@ -5,11 +5,24 @@ Columns number the positions of the padded sequence that all rows of a batch sha
 that attention asks a cache and does not know its kind.
 """
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 Columns = tuple[range, ...]
+
+
+class Room(NamedTuple):
+    """Memory, (batch, kv_heads, capacity, head_dim), of which new tokens may see the first `past` slots, which stand
+    for `columns`; their own begin at `slot`."""
+
+    keys: Tensor
+    values: Tensor
+    past: int
+    slot: int
+    columns: Columns
 
 
 class KVCache:
@@ -34,6 +47,11 @@ class KVCache:
         self._values = torch.empty_like(self._keys)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the keys and values."""
+        return self._keys.dtype
+
+    @property
     def nbytes(self) -> int:
         """Bytes held, in use or not."""
         return self._keys.nbytes + self._values.nbytes
@@ -44,12 +62,22 @@ class KVCache:
         values: Float[Tensor, "batch kv_heads time head_dim"],
     ) -> tuple[Float[Tensor, "batch kv_heads past head_dim"], Float[Tensor, "batch kv_heads past head_dim"], Columns]:
         """Append; returns all keys and values held (views, no copy) and their columns."""
-        end = self.offset + keys.shape[2]
+        room = self.claim(keys.shape[2])
+        new = slice(room.slot, room.slot + keys.shape[2])
+        room.keys[:, :, new] = keys
+        room.values[:, :, new] = values
+        return room.keys[:, :, : room.past], room.values[:, :, : room.past], room.columns
+
+    def takes(self, time: int) -> bool:
+        """Whether `time` new columns come to lie in a row, among all that they may see, so that `claim` serves."""
+        return True
+
+    def claim(self, time: int) -> Room:
+        """Count `time` new columns, which the caller writes, as seen."""
+        start, end = self.offset, self.offset + time
         self._reserve(end)
-        self._keys[:, :, self.offset : end] = keys
-        self._values[:, :, self.offset : end] = values
         self.offset = end
-        return self._keys[:, :, :end], self._values[:, :, :end], (range(end),)
+        return Room(self._keys, self._values, end, start, (range(end),))
 
     def _reserve(self, columns: int) -> None:
         if columns <= self._keys.shape[2]:
@@ -104,7 +132,11 @@ class StaticKVCache(KVCache):
 
 
 class SlidingKVCache(KVCache):
-    """Holds the last `window` columns and no more: a ring that single tokens overwrite in place."""
+    """Holds the last `window` columns and no more: a ring that single tokens overwrite in place.
+
+    rollback: how many columns of an update of several can be taken back right after it; for that many the columns that
+    it pushed out of the window are kept aside. A single token pushes its own out for good.
+    """
 
     def __init__(
         self,
@@ -114,9 +146,15 @@ class SlidingKVCache(KVCache):
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         window: int = 1,
+        rollback: int = 0,
     ):
         super().__init__(batch, kv_heads, head_dim, dtype, device)
-        self.window = window
+        self.window, self.rollback = window, rollback
+        self._aside: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + sum(part.nbytes for part in self._aside or ())
 
     def update(
         self,
@@ -125,30 +163,34 @@ class SlidingKVCache(KVCache):
     ) -> tuple[Float[Tensor, "batch kv_heads past head_dim"], Float[Tensor, "batch kv_heads past head_dim"], Columns]:
         """Append; returns what the new columns may attend to, which for several new ones is held plus new."""
         time = keys.shape[2]
-        if time == 1:
-            return self._overwrite(keys, values)
-        if self.offset + time <= self.window:
+        if self.takes(time):
             return super().update(keys, values)
         first = self.offset - self._held(self.offset)
         keys = torch.cat((self._in_order(self._keys), keys.to(self._keys)), 2)
         values = torch.cat((self._in_order(self._values), values.to(self._values)), 2)
         self.offset += time
         self._reserve(self.window)
-        self._store(keys[:, :, -self.window :], values[:, :, -self.window :])
+        self._store(keys[:, :, -self.window :], values[:, :, -self.window :], self.offset - self.window)
+        if self.rollback:
+            self._keep_aside(keys[:, :, : -self.window], values[:, :, : -self.window])
         return keys, values, (range(first, self.offset),)
 
-    def _overwrite(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Columns]:
+    def takes(self, time: int) -> bool:
+        return time == 1 or self.offset + time <= self.window
+
+    def claim(self, time: int) -> Room:
+        if time != 1:
+            return super().claim(time)
         slot = self.offset % self.window
         self._reserve(min(self.offset + 1, self.window))
-        self._keys[:, :, slot : slot + 1] = keys
-        self._values[:, :, slot : slot + 1] = values
         self.offset += 1
+        self._aside = None
         held = self._held(self.offset)
         lap = self.offset - 1 - slot
         columns: Columns = (range(lap, self.offset),)
         if held > slot + 1:
             columns += (range(lap - self.window + slot + 1, lap - self.window + held),)
-        return self._keys[:, :, :held], self._values[:, :, :held], columns
+        return Room(self._keys, self._values, held, slot, columns)
 
     def _reserve(self, columns: int) -> None:
         if columns > self._keys.shape[2]:
@@ -169,17 +211,36 @@ class SlidingKVCache(KVCache):
             return held[:, :, : self.offset]
         return held[:, :, : self.window].roll(-(self.offset % self.window), 2)
 
-    def _store(self, keys: Tensor, values: Tensor) -> None:
-        """Lay the last `window` columns out so that column c is in slot c % window."""
-        split = self.window - self.offset % self.window
+    def _store(self, keys: Tensor, values: Tensor, first: int) -> None:
+        """Lay at most `window` columns from column `first` on out, so that column c is in slot c % window."""
+        slot = first % self.window
+        split = self.window - slot
         for held, new in ((self._keys, keys), (self._values, values)):
-            held[:, :, self.window - split :] = new[:, :, :split]
-            held[:, :, : self.window - split] = new[:, :, split:]
+            held[:, :, slot : slot + new.shape[2]] = new[:, :, :split]
+            held[:, :, : max(new.shape[2] - split, 0)] = new[:, :, split:]
+
+    def _keep_aside(self, keys: Tensor, values: Tensor) -> None:
+        """Remember the last `rollback` of these columns, which end where the window begins; copies, not views."""
+        first = max(keys.shape[2] - self.rollback, 0)
+        self._aside = (keys[:, :, first:].clone(), values[:, :, first:].clone())
+
+    def restore(self, state: dict[str, Tensor], offset: int) -> None:
+        super().restore(state, offset)
+        # What came and went before the state is not known.
+        self._aside = None
 
     def truncate(self, columns: int) -> None:
-        if columns != self.offset and self.offset > self.window:
+        first = max(columns - self.window, 0)
+        lost = self.offset - self._held(self.offset) - first
+        kept = (0 if self._aside is None else self._aside[0].shape[2]) - lost
+        if 0 <= columns < self.offset and kept < 0:
             raise ValueError(
                 f"a sliding cache of window {self.window} at {self.offset} positions cannot go back to {columns}: "
                 "the positions before its window are gone"
             )
         super().truncate(columns)
+        if lost and self._aside is not None:
+            keys, values = self._aside
+            window = slice(kept, kept + self.window)
+            self._store(keys[:, :, window], values[:, :, window], first)
+            self._keep_aside(keys[:, :, :kept], values[:, :, :kept])

@@ -67,7 +67,7 @@ class PackedEmbedding(nn.Module):
         return torch.Size((self.num_embeddings, self.dim))
 
     def forward(self, ids: Int[Tensor, "batch time"]) -> Float[Tensor, "batch time dim"]:
-        rows = BLOCK_FORMATS[self.kind].unpack(self.weight[ids.flatten()], self.activation_dtype)
+        rows = expanded(self.weight[ids.flatten()], self.kind, self.activation_dtype)
         vectors = rows.view(*ids.shape, -1)
         return vectors * torch.tensor(self.scale, dtype=vectors.dtype) if self.scale != 1.0 else vectors
 

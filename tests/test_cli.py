@@ -51,10 +51,10 @@ def expected(folder: Path) -> str:
     return load_model(folder).generate_text(PROMPT, max_new_tokens=12)
 
 
-def report_lines(error: str) -> list[str]:
-    """The lines of the report, which are all that stderr may have."""
+def report_lines(error: str, *further: str) -> list[str]:
+    """The lines of the report, which are all that stderr may have; `further`: what those after three begin with."""
     lines = error.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["prefill", "generation", "load"]
+    assert [line.split(":")[0] for line in lines] == ["prefill", "generation", "load", *further]
     return lines
 
 
@@ -64,10 +64,11 @@ def test_text_goes_to_stdout_and_the_report_to_stderr(folder: Path, expected: st
     output = capsys.readouterr()
     assert output.out == expected + "\n"
     prompt_tokens = len(load_model(folder).encode_prompt(PROMPT))
-    prefill, generation, rest = report_lines(output.err)
+    prefill, generation, rest, cache = report_lines(output.err, "cache")
     assert prefill.startswith(f"prefill: {prompt_tokens} tokens, ")
     assert generation.startswith("generation: 12 tokens, ")
     assert "peak memory" in rest
+    assert cache == "cache: float32, 0.1 MB"
 
 
 @pytest.mark.parametrize(
@@ -101,13 +102,16 @@ def test_options_of_generation_are_those_of_the_library(folder: Path, capsys: Ca
         ("--bad-word o --bad-word ly", {"bad_words": ["o", "ly"]}),
         ("--stop o --stop ly", {"stop": ["o", "ly"]}),
         ("--static-cache", {"static_cache": True}),
+        ("--prompt-lookup 5", {"prompt_lookup_num_tokens": 5}),
     ]
     greedy = model.generate_text(PROMPT, max_new_tokens=20) + "\n"
     for text, options in cases:
         assert main([str(folder), PROMPT, "-n", "20", *text.split()]) == 0
         shown = capsys.readouterr().out
         assert shown == model.generate_text(PROMPT, max_new_tokens=20, **options) + "\n", text
-        assert (shown == greedy) == (text in ("--temperature 1.5 --greedy", "--static-cache")), text
+        assert (shown == greedy) == (text in ("--temperature 1.5 --greedy", "--static-cache", "--prompt-lookup 5")), (
+            text
+        )
 
 
 def test_options_of_the_model(folder: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +165,7 @@ def test_several_prompts_are_answered_one_after_the_other(folder: Path, expected
         assert main([str(folder), PROMPT, "--prompt", "girl", "--prompt", PROMPT, *SHORT, *arguments]) == 0
         output = capsys.readouterr()
         assert output.out == f"{expected}\n{other}\n{expected}\n"
-        assert "generation: 36 tokens" in report_lines(output.err)[1]
+        assert "generation: 36 tokens" in report_lines(output.err, "cache")[1]
 
 
 @pytest.mark.parametrize("content", [PROMPT, PROMPT + "\n", PROMPT + "\r\n", "\ufeff" + PROMPT])
@@ -174,6 +178,20 @@ def test_a_prompt_from_a_file_or_stdin(
     for path in (str(file), "-"):
         assert main([str(folder), "--prompt-file", path, *SHORT]) == 0
         assert capsys.readouterr().out == expected + "\n"
+
+
+def test_drafts_are_in_the_report(folder: Path, expected: str, capsys: Captured) -> None:
+    arguments = [str(folder), PROMPT, "--prompt-lookup", "4", *SHORT]
+    assert main(arguments) == 0
+    output = capsys.readouterr()
+    assert output.out == expected + "\n"
+    assert "drafted tokens accepted" in report_lines(output.err, "cache", "lookup")[-1]
+    assert main([*arguments, "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["text"] == [expected]
+    assert content["tokens_per_step"] >= 1
+    assert content["draft_tokens"] >= content["draft_tokens_accepted"]
+    assert (content["cache_dtype"], content["cache_bytes"] > 0) == ("float32", True)
 
 
 def test_json_is_one_object_and_nothing_else(folder: Path, expected: str, capsys: Captured) -> None:
@@ -226,7 +244,7 @@ def test_an_interruption_keeps_what_there_is(
     assert expected.startswith(first.removesuffix("\ufffd"))
     assert len(first) > 3
     assert (len(second) > 3, rest) == (True, "")
-    assert report_lines(output.err)[1].startswith("generation: 16 tokens")
+    assert report_lines(output.err, "cache")[1].startswith("generation: 16 tokens")
 
 
 def test_an_interruption_keeps_json_whole(folder: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,7 +275,7 @@ def test_a_terminal_has_progress_bars_until_the_text_comes(folder: Path, monkeyp
     bars, report = terminal.getvalue().split(answer)
     assert bars.index("loading: ") < bars.index(f"| 4/{tokens} [") < bars.index(f"| 8/{tokens} [")
     assert bars.endswith(" \r")
-    report_lines(report.removeprefix("\n"))
+    report_lines(report.removeprefix("\n"), "cache")
 
 
 def test_a_short_prompt_has_no_progress_bar(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,7 +289,7 @@ def test_a_short_prompt_has_no_progress_bar(folder: Path, monkeypatch: pytest.Mo
 def test_a_warning_is_one_line(folder: Path, capsys: Captured) -> None:
     assert main([str(folder), PROMPT * 4, "--max-length", "16", "-n", "4", "--truncate", "--set", "fsu=true"]) == 0
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 5
+    assert len(lines) == 6
     assert lines[0].startswith("warning: ")
     assert "fsu is not acted on" in lines[0]
     assert lines[1].endswith("tokens are left out")
@@ -431,9 +449,9 @@ def test_a_hub_id_is_run_from_where_it_was_fetched_to(
 
 OPTIONS = """
     --bad-word --bad-word-ids --chat --chunk --device --dtype --frequency-penalty --greedy --help --json --logit-bias
-    --max-length --max-new-tokens --min-p --plugin --presence-penalty --prompt --prompt-file --raw --repetition-penalty
-    --revision --seed --set --static-cache --stop --system --temperature --template-var --threads --top-k --top-p
-    --truncate
+    --max-length --max-new-tokens --min-p --plugin --presence-penalty --prompt --prompt-file --prompt-lookup --raw
+    --repetition-penalty --revision --seed --set --static-cache --stop --system --temperature --template-var --threads
+    --top-k --top-p --truncate
 """
 
 
@@ -481,7 +499,7 @@ def test_ctrl_c_ends_a_process_with_its_report(endless: Path) -> None:
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=60)
     assert process.returncode == 130
-    report_lines(error.decode())
+    report_lines(error.decode(), "cache")
 
 
 def test_a_reader_that_goes_away_is_no_error(endless: Path) -> None:

@@ -17,6 +17,9 @@ def test_generation_config_in_the_spellings_of_the_hub() -> None:
     assert GenerationConfig.from_json({"stop_strings": "END"}).stop == ("END",)
     assert GenerationConfig.from_json({"stop_strings": ["a", "b"]}).stop == ("a", "b")
     assert GenerationConfig.from_json({"bad_words_ids": [[3], [4, 5]]}).bad_words_ids == ((3,), (4, 5))
+    lookup = GenerationConfig.from_json({"prompt_lookup_num_tokens": 10, "max_matching_ngram_size": None})
+    assert (lookup.prompt_lookup_num_tokens, lookup.max_matching_ngram_size) == (10, 2)
+    assert GenerationConfig.from_json({"max_matching_ngram_size": 3}).max_matching_ngram_size == 3
     assert GenerationConfig.from_json({"sequence_bias": [[[3], -1], [[4], 2.5]]}).logit_bias == ((3, -1.0), (4, 2.5))
 
 
@@ -30,6 +33,8 @@ def test_generation_config_in_the_spellings_of_the_hub() -> None:
         ({"bad_words_ids": [3]}, r"bad_words_ids is \[3\], expected a list of lists"),
         ({"bad_words_ids": [["x"]]}, r"bad_words_ids is \[\['x'\]\], expected a list of lists"),
         ({"sequence_bias": [[[3, 4], 1.0]]}, "sequence_bias is .* expected a list of .*one token each"),
+        ({"prompt_lookup_num_tokens": -1}, "prompt_lookup_num_tokens is -1, expected a whole number of at least 0"),
+        ({"max_matching_ngram_size": 0}, "max_matching_ngram_size is 0, expected a whole number of at least 1"),
         ({"eos_token_id": "</s>"}, "eos_token_id is '</s>', expected a whole number or a list"),
     ],
 )

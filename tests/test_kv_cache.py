@@ -17,6 +17,7 @@ KINDS: dict[str, Callable[[], KVCache]] = {
     "static": lambda: StaticKVCache(*SHAPE, torch.float32, capacity=64),
     "sliding": lambda: SlidingKVCache(*SHAPE, torch.float32, window=WINDOW),
     "sliding by one": lambda: SlidingKVCache(*SHAPE, torch.float32, window=1),
+    "sliding, rolls back": lambda: SlidingKVCache(*SHAPE, torch.float32, window=WINDOW, rollback=4),
 }
 
 
@@ -32,7 +33,9 @@ def fresh_like(cache: KVCache) -> KVCache:
 
 
 def same_kind(a: KVCache, b: KVCache) -> bool:
-    return type(a) is type(b) and getattr(a, "window", None) == getattr(b, "window", None)
+    return type(a) is type(b) and all(
+        getattr(a, name, None) == getattr(b, name, None) for name in ("window", "rollback")
+    )
 
 
 def tokens(time: int) -> tuple[Tensor, Tensor]:
@@ -65,8 +68,12 @@ def check(returned: tuple[Tensor, Tensor, Columns], truth: Everything, needed: r
 
 def needed_by(cache: KVCache, first_new: int, end: int) -> range:
     """The columns that tokens from `first_new` on may attend to."""
-    window = getattr(cache, "window", end)
-    return range(max(0, first_new - window + 1), end)
+    return range(max(0, first_new - window_of(cache) + 1), end)
+
+
+def window_of(cache: KVCache) -> int:
+    """How many columns the cache holds at most; a million where it does not slide."""
+    return getattr(cache, "window", 10**6)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -74,6 +81,7 @@ def test_random_lives(cache: KVCache, seed: int) -> None:
     """Updates of all lengths, truncations, saves and restores in random order."""
     rng, truth = random.Random(seed), Everything()
     saved: list[tuple[dict[str, Tensor], int, Everything]] = []
+    oldest = 0
     for _ in range(60):
         action = rng.choice(["update"] * 6 + ["truncate", "save", "restore"])
         if action == "update":
@@ -84,10 +92,12 @@ def test_random_lives(cache: KVCache, seed: int) -> None:
             truth.append(keys, values)
             before = cache.offset
             check(cache.update(keys, values), truth, needed_by(cache, before, before + time))
+            aside = getattr(cache, "rollback", 0) if time > 1 else 0
+            oldest = max(0, before - window_of(cache), cache.offset - window_of(cache) - aside)
         elif action == "truncate":
-            target = rng.randint(0, cache.offset)
-            if isinstance(cache, SlidingKVCache) and cache.offset > cache.window and target != cache.offset:
-                with pytest.raises(ValueError, match=f"window {cache.window} at {cache.offset} .*back to {target}"):
+            target = rng.choice([rng.randint(0, cache.offset), max(0, cache.offset - rng.randint(1, 4))])
+            if target != cache.offset and max(0, target - window_of(cache)) < oldest:
+                with pytest.raises(ValueError, match=f"at {cache.offset} .*back to {target}"):
                     cache.truncate(target)
             else:
                 cache.truncate(target)
@@ -103,6 +113,7 @@ def test_random_lives(cache: KVCache, seed: int) -> None:
             if rng.random() < 0.5:
                 cache = fresh_like(cache)
             cache.restore(state, offset)
+            oldest = max(0, offset - window_of(cache))
         assert cache.offset == truth.keys.shape[2]
 
 
@@ -143,6 +154,39 @@ def test_a_sliding_cache_never_holds_more_than_its_window(time: int) -> None:
     for _ in range(30):
         cache.update(*tokens(time))
         assert cache.nbytes <= 2 * batch * kv_heads * head_dim * WINDOW * 4
+
+
+@pytest.mark.parametrize("window", [1, 3, WINDOW, 50])
+@pytest.mark.parametrize("taken", range(5))
+def test_what_is_taken_back_leaves_no_trace(window: int, taken: int) -> None:
+    """Drafts of five of which some are taken back, a single token now and then: as if only the rest had come."""
+    cache, plain = (SlidingKVCache(*SHAPE, torch.float32, window=window, rollback=rollback) for rollback in (4, 0))
+    for step in range(30):
+        if step % 3 == 0:
+            new = tokens(1)
+            cache.update(*new)
+        else:
+            new = tokens(5)
+            cache.update(*new)
+            cache.truncate(cache.offset - taken)
+            new = (new[0][:, :, : 5 - taken], new[1][:, :, : 5 - taken])
+        for column in range(new[0].shape[2]):
+            plain.update(new[0][:, :, column : column + 1], new[1][:, :, column : column + 1])
+        assert cache.offset == plain.offset
+        assert all(torch.equal(part, plain.state()[name]) for name, part in cache.state().items())
+    assert cache.nbytes - plain.nbytes <= 2 * 24 * 4 * 4
+
+
+def test_a_sliding_cache_takes_back_no_more_than_it_was_made_for() -> None:
+    cache = SlidingKVCache(*SHAPE, torch.float32, window=WINDOW, rollback=4)
+    cache.update(*tokens(30))
+    cache.truncate(28)
+    with pytest.raises(ValueError, match="window 7 at 28 positions cannot go back to 25"):
+        cache.truncate(25)
+    cache.truncate(26)
+    cache.update(*tokens(1))
+    with pytest.raises(ValueError, match="window 7 at 27 positions cannot go back to 26"):
+        cache.truncate(26)
 
 
 def test_a_wide_window_is_not_allocated_before_it_is_needed() -> None:

@@ -43,6 +43,8 @@ def test_what_is_not_given_stays() -> None:
         ({"eos_token_id": []}, "eos_token_id", ()),
         ({"seed": [4, 5]}, "seed", (4, 5)),
         ({"seed": 4}, "seed", 4),
+        ({"prompt_lookup_num_tokens": 8}, "prompt_lookup_num_tokens", 8),
+        ({"max_matching_ngram_size": 3}, "max_matching_ngram_size", 3),
     ],
 )
 def test_the_ways_to_write_an_option(given: dict[str, Any], field: str, value: Any) -> None:
@@ -61,6 +63,7 @@ def test_the_ways_to_write_an_option(given: dict[str, Any], field: str, value: A
         (False, {"min_p": 0.1}, True),
         (False, {"seed": 1}, True),
         (False, {"repetition_penalty": 1.2}, False),
+        (False, {"prompt_lookup_num_tokens": 8}, False),
         (False, {"temperature": 0.7, "do_sample": False}, False),
         (True, {}, True),
         (True, {"temperature": 0}, False),
@@ -89,6 +92,9 @@ def test_words_become_tokens(tokenizer: Tokenizer) -> None:
     [
         ({"temprature": 1.0}, "unknown option 'temprature'; known are: do_sample, temperature, "),
         ({"max_new_tokens": 0}, "max_new_tokens: got 0, expected at least 1"),
+        ({"prompt_lookup_num_tokens": -1}, "prompt_lookup_num_tokens: got -1, expected at least 0"),
+        ({"prompt_lookup_num_tokens": "3"}, "prompt_lookup_num_tokens: got '3', which is not of the right"),
+        ({"max_matching_ngram_size": 0}, "max_matching_ngram_size: got 0, expected at least 1"),
         ({"temperature": "hot"}, "temperature: got 'hot', which is not of the right kind"),
         ({"top_k": 1.5}, "top_k: got 1.5, which is not of the right kind"),
         ({"max_new_tokens": "5"}, "max_new_tokens: got '5', which is not of the right kind"),

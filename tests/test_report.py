@@ -4,7 +4,9 @@ import json
 import time
 from contextlib import suppress
 
-from causallm.report import Report, peak_memory
+import torch
+
+from causallm.report import Lookup, Report, peak_memory
 
 
 def example() -> Report:
@@ -51,6 +53,26 @@ def test_json_has_the_same_numbers() -> None:
         "generation_tps": 20.0,
         "time_to_first_token_ms": 250.0,
     }
+
+
+def test_the_cache_is_told_once_there_is_one() -> None:
+    report = example()
+    for nbytes in (100, 12_600_000, 300):
+        report.note_cache(torch.float16, nbytes)
+    assert report.lines()[3:] == ["cache: float16, 12.6 MB"]
+    content = report.as_json()
+    assert (content["cache_dtype"], content["cache_bytes"]) == ("float16", 12_600_000)
+
+
+def test_drafts_are_told_where_there_are_some() -> None:
+    report = example()
+    report.lookup = Lookup(steps=4, drafted=8, accepted=6)
+    assert report.lines()[3:] == ["lookup: 6 of 8 drafted tokens accepted (75 %), 2.50 tokens per step"]
+    content = json.loads(json.dumps(report.as_json()))
+    told = ("draft_tokens", "draft_tokens_accepted", "draft_acceptance", "tokens_per_step")
+    assert [content[key] for key in told] == [8, 6, 0.75, 2.5]
+    report.lookup = Lookup()
+    assert report.lines()[3:] == ["lookup: 0 of 0 drafted tokens accepted (0 %), 0.00 tokens per step"]
 
 
 def test_times_add_up_and_survive_an_interruption() -> None:

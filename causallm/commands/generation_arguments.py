@@ -40,6 +40,10 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; repeatable")
     group.add_argument("--seed", type=int, help="of the first prompt; the next use the next numbers")
     group.add_argument("--static-cache", action="store_true", help="allocate the key-value cache at once")
+    group.add_argument(
+        "--prompt-lookup", type=int, metavar="N",
+        help="draft up to N tokens a step from earlier text: faster where it repeats; 0 is off",
+    )  # fmt: skip
 
 
 def stream_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -67,6 +71,7 @@ def stream_options(args: argparse.Namespace) -> dict[str, Any]:
         "logit_bias": _biases(args.logit_bias),
         "stop": args.stop,
         "seed": args.seed,
+        "prompt_lookup_num_tokens": args.prompt_lookup,
     }
 
 

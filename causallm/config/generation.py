@@ -8,6 +8,8 @@ from typing import Any
 from causallm.config.fields import Fields
 
 DEFAULT_NEW_TOKENS = 512
+DEFAULT_NGRAM = 2
+"""transformers' default of max_matching_ngram_size."""
 
 # Keys that are read into a field of another name.
 READ_KEYS = frozenset({"stop_strings", "sequence_bias"})
@@ -16,9 +18,9 @@ IGNORED_KEYS = frozenset(
     "_commit_hash _from_model_config assistant_confidence_threshold assistant_early_exit "
     "assistant_ensemble_weight assistant_lookbehind cache_config cache_implementation compile_config "
     "continuous_batching_config decoder_start_token_id disable_compile early_stopping generation_kwargs "
-    "is_assistant length_penalty low_memory max_cache_len max_length max_matching_ngram_size num_assistant_tokens "
+    "is_assistant length_penalty low_memory max_cache_len max_length num_assistant_tokens "
     "num_assistant_tokens_schedule output_attentions output_hidden_states output_logits output_scores "
-    "prefill_chunk_size prompt_lookup_num_tokens remove_invalid_values renormalize_logits return_dict "
+    "prefill_chunk_size remove_invalid_values renormalize_logits return_dict "
     "return_dict_in_generate speculation_type target_lookbehind transformers_version trust_remote_code use_cache "
     "use_mtp".split()
 )
@@ -43,7 +45,11 @@ NEUTRAL = {
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """Sampling and stopping. Zero (top_k, min_p, penalties) or one (top_p, repetition_penalty) means off."""
+    """Sampling and stopping. Zero (top_k, min_p, penalties) or one (top_p, repetition_penalty) means off.
+
+    prompt_lookup_num_tokens: how many tokens `causallm.prompt_lookup` drafts a step at most, 0 for none.
+    max_matching_ngram_size: how many last tokens it looks for at most. Both change how fast a text comes, not which.
+    """
 
     do_sample: bool = False
     temperature: float = 1.0
@@ -61,6 +67,8 @@ class GenerationConfig:
     stop: tuple[str, ...] = ()
     seed: int | tuple[int, ...] | None = None
     max_new_tokens: int = DEFAULT_NEW_TOKENS
+    prompt_lookup_num_tokens: int = 0
+    max_matching_ngram_size: int = DEFAULT_NGRAM
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any], source: str = "generation_config.json") -> "GenerationConfig":
@@ -84,6 +92,8 @@ class GenerationConfig:
             stop=fields.texts("stop_strings"),
             seed=fields.optional_integer("seed"),
             max_new_tokens=fields.integer("max_new_tokens", DEFAULT_NEW_TOKENS, minimum=1),
+            prompt_lookup_num_tokens=fields.integer("prompt_lookup_num_tokens", 0),
+            max_matching_ngram_size=fields.integer("max_matching_ngram_size", DEFAULT_NGRAM, minimum=1),
         )
 
 

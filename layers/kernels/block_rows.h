@@ -16,49 +16,96 @@ static inline __m512 NAME(halves)(const uint8_t *a, const uint8_t *b) {
     return _mm512_insertf32x8(_mm512_castps256_ps512(NAME(half8)(a)), NAME(half8)(b), 1);
 }
 
-/* Codes of two blocks as bytes from 0 on, one block in each half, in the order of their values. */
-static inline __m512i NAME(pair_q4_0)(const uint8_t *first, const uint8_t *second) {
-    const __m512i shift = _mm512_set_epi64(0x0004000400040004, 0x0004000400040004, 0, 0, 0x0004000400040004,
-                                           0x0004000400040004, 0, 0);
-    const __m256i low = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)first));
-    const __m256i high = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)second));
-    const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-    return _mm512_and_si512(_mm512_srlv_epi16(both, shift), _mm512_set1_epi8(15));
+/* Sixteen bytes of each of four blocks that lie `step` bytes apart. */
+static inline __m512i NAME(quarters)(const uint8_t *p, long step) {
+    __m512i all = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)p));
+    all = _mm512_inserti32x4(all, _mm_loadu_si128((const __m128i *)(p + step)), 1);
+    all = _mm512_inserti32x4(all, _mm_loadu_si128((const __m128i *)(p + 2 * step)), 2);
+    return _mm512_inserti32x4(all, _mm_loadu_si128((const __m128i *)(p + 3 * step)), 3);
 }
 
-static inline __m512i NAME(pair_q8_0)(const uint8_t *first, const uint8_t *second) {
-    const __m256i low = _mm256_loadu_si256((const __m256i *)first);
-    const __m256i high = _mm256_loadu_si256((const __m256i *)second);
-    const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-    return _mm512_xor_si512(both, _mm512_set1_epi8((char)0x80));
+/* Codes of four blocks as bytes from 0 on: the first sixteen of each, and the last. */
+static inline void NAME(codes_q4_0)(const uint8_t *p, __m512i *first, __m512i *last) {
+    const __m512i low = _mm512_set1_epi8(15), bytes = NAME(quarters)(p + 2, 18);
+    *first = _mm512_and_si512(bytes, low);
+    *last = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low);
 }
 
-/* Formats of 32 values under one scale, two blocks at once; where the last has no partner its scale is zero. ZERO is
-   the code of the value zero. */
-#define PAIR_ROWS(KIND, BYTES, ZERO)                                                                        \
+static inline void NAME(codes_q8_0)(const uint8_t *p, __m512i *first, __m512i *last) {
+    const __m512i sign = _mm512_set1_epi8((char)0x80);
+    *first = _mm512_xor_si512(NAME(quarters)(p + 2, 34), sign);
+    *last = _mm512_xor_si512(NAME(quarters)(p + 18, 34), sign);
+}
+
+/* Scales of four blocks, each for the four sums of its block. */
+static inline __m512 NAME(scales_q4_0)(const uint8_t *p) {
+    const __m512i which = _mm512_set_epi64(0, 0, 0, 0, 0x001B001B001B001B, 0x0012001200120012, 0x0009000900090009, 0);
+    const __m512i words = _mm512_permutexvar_epi16(which, _mm512_loadu_si512(p));
+    return _mm512_cvtph_ps(_mm512_castsi512_si256(words));
+}
+
+static inline __m512 NAME(scales_q8_0)(const uint8_t *p) {
+    const __m512i which = _mm512_set_epi64(0, 0, 0, 0, 0x0031003100310031, 0x0020002000200020, 0x0011001100110011, 0);
+    const __m512i words = _mm512_permutex2var_epi16(_mm512_loadu_si512(p), which, _mm512_loadu_si512(p + 68));
+    return _mm512_cvtph_ps(_mm512_castsi512_si256(words));
+}
+
+/* The part of a row of activations that goes with four blocks. ZERO is the code of the value zero. */
+struct NAME(quad) {
+    __m512i first, last, offset;
+    __m512 scale;
+};
+
+static inline struct NAME(quad) NAME(quad_at)(const struct vector *x, long block, __m512i zero_code) {
+    const __m512i evens = _mm512_set_epi64(13, 12, 9, 8, 5, 4, 1, 0), zero = _mm512_setzero_si512();
+    const __m512i odds = _mm512_set_epi64(15, 14, 11, 10, 7, 6, 3, 2);
+    const __m512i quarter = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+    const __m512i a = _mm512_loadu_si512(x->q + 32 * block), b = _mm512_loadu_si512(x->q + 32 * block + 64);
+    struct NAME(quad) quad = {_mm512_permutex2var_epi64(a, evens, b), _mm512_permutex2var_epi64(a, odds, b), zero,
+        _mm512_permutexvar_ps(quarter, _mm512_castps128_ps512(_mm_loadu_ps(x->scales + block)))};
+    quad.offset = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, zero_code, quad.first), zero_code, quad.last);
+    quad.offset = _mm512_sub_epi32(zero, quad.offset);
+    return quad;
+}
+
+/* Formats of 32 values under one scale, four blocks at once: each gives four sums. Where the last blocks are fewer,
+   blocks of zeros stand in for those missing. Variables have names of their own, not numbers, so that no compiler puts
+   them into memory. */
+#define QUAD_ROWS(KIND, BYTES, ZERO)                                                                        \
+    static inline __m512 NAME(add_##KIND)(__m512 sum, const uint8_t *p, const struct NAME(quad) *x) {       \
+        __m512i first, last;                                                                                \
+        NAME(codes_##KIND)(p, &first, &last);                                                               \
+        const __m512i dot = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(x->offset, first, x->first), last, x->last);       \
+        return _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_mul_ps(NAME(scales_##KIND)(p), x->scale), sum);         \
+    }                                                                                                       \
     static void NAME(rows_##KIND)(const uint8_t *const row[4], long columns, const struct vector *x, float *out) {     \
-        const __m512i zero_code = _mm512_set1_epi8((char)ZERO), zero = _mm512_setzero_si512();              \
-        __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};         \
-        const long blocks = columns / 32;                                                                   \
-        for (long b = 0; b < blocks; b += 2) {                                                              \
-            const int next = b + 1 < blocks ? BYTES : 0;                                                    \
-            NAME(fetch_ahead)(row, BYTES * b);                                                              \
-            const __m512i a = _mm512_loadu_si512(x->q + 32 * b);                                            \
-            const __m512i offset = _mm512_dpbusd_epi32(zero, zero_code, a);                                 \
-            const __m512 scale = NAME(both)(x->scales[b], x->scales[b + 1]);                                \
-            for (int r = 0; r < 4; r++) {                                                                   \
-                const uint8_t *p = row[r] + BYTES * b, *n = p + next;                                       \
-                const __m512i w = NAME(pair_##KIND)(p + 2, n + 2);                                          \
-                const __m512i dot = _mm512_sub_epi32(_mm512_dpbusd_epi32(zero, w, a), offset);              \
-                const __m512 factor = _mm512_mul_ps(NAME(halves)(p, n), scale);                             \
-                sums[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), factor, sums[r]);                        \
+        const __m512i zero_code = _mm512_set1_epi8((char)ZERO);                                             \
+        const uint8_t *p = row[0], *q = row[1], *r = row[2], *s = row[3];                                   \
+        __m512 a = _mm512_setzero_ps(), b = a, c = a, d = a;                                                \
+        const long blocks = columns / 32, ahead = NAME(distance)(row);                                      \
+        long block = 0;                                                                                     \
+        for (; block + 4 <= blocks; block += 4, p += 4 * BYTES, q += 4 * BYTES, r += 4 * BYTES, s += 4 * BYTES) {      \
+            for (long part = ahead; part < ahead + 4 * BYTES; part += 64) {                                 \
+                __builtin_prefetch(p + part, 0, 0), __builtin_prefetch(q + part, 0, 0);                     \
+                __builtin_prefetch(r + part, 0, 0), __builtin_prefetch(s + part, 0, 0);                     \
             }                                                                                               \
+            const struct NAME(quad) quad = NAME(quad_at)(x, block, zero_code);                              \
+            a = NAME(add_##KIND)(a, p, &quad), b = NAME(add_##KIND)(b, q, &quad);                           \
+            c = NAME(add_##KIND)(c, r, &quad), d = NAME(add_##KIND)(d, s, &quad);                           \
         }                                                                                                   \
-        for (int r = 0; r < 4; r++) out[r] = _mm512_reduce_add_ps(sums[r]);                                 \
+        if (block < blocks) {                                                                               \
+            uint8_t rest[4][4 * BYTES] = {{0}};                                                             \
+            for (int i = 0; i < 4; i++) memcpy(rest[i], row[i] + BYTES * block, BYTES * (blocks - block));  \
+            const struct NAME(quad) quad = NAME(quad_at)(x, block, zero_code);                              \
+            a = NAME(add_##KIND)(a, rest[0], &quad), b = NAME(add_##KIND)(b, rest[1], &quad);               \
+            c = NAME(add_##KIND)(c, rest[2], &quad), d = NAME(add_##KIND)(d, rest[3], &quad);               \
+        }                                                                                                   \
+        out[0] = _mm512_reduce_add_ps(a), out[1] = _mm512_reduce_add_ps(b);                                 \
+        out[2] = _mm512_reduce_add_ps(c), out[3] = _mm512_reduce_add_ps(d);                                 \
     }
 
-PAIR_ROWS(q4_0, 18, 8)
-PAIR_ROWS(q8_0, 34, 0x80)
+QUAD_ROWS(q4_0, 18, 8)
+QUAD_ROWS(q8_0, 34, 0x80)
 
 /* `unpack_scales` in registers. */
 static inline __m128i NAME(scales_q4_k)(const uint8_t *packed) {
@@ -72,38 +119,41 @@ static inline __m128i NAME(scales_q4_k)(const uint8_t *packed) {
 }
 
 static void NAME(rows_q4_k)(const uint8_t *const row[4], long columns, const struct vector *x, float *out) {
-    const __m256i low = _mm256_set1_epi8(15);
-    const __m512i ones = _mm512_set1_epi8(1), zero = _mm512_setzero_si512();
+    const __m512i low = _mm512_set1_epi8(15), zero = _mm512_setzero_si512();
     __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+    __m256 minimums[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
+    const long ahead = NAME(distance)(row);
     for (long b = 0; b < columns / 256; b++) {
-        __m512 scale[4], minimum[4];
+        const __m256 scales = _mm256_loadu_ps(x->scales + 8 * b), totals = _mm256_loadu_ps(x->sums + 8 * b);
+        __m512 scale[4];
         for (int r = 0; r < 4; r++) {
             const uint8_t *p = row[r] + 144 * b;
             const __m256i bits = _mm256_cvtepu8_epi16(NAME(scales_q4_k)(p + 4));
-            const __m256i factors = _mm256_cvtepu16_epi32(_mm256_castsi256_si128(bits));
-            const __m256i offsets = _mm256_cvtepu16_epi32(_mm256_extracti128_si256(bits, 1));
-            scale[r] = _mm512_castps256_ps512(_mm256_mul_ps(NAME(half8)(p), _mm256_cvtepi32_ps(factors)));
-            minimum[r] = _mm512_castps256_ps512(_mm256_mul_ps(NAME(half8)(p + 2), _mm256_cvtepi32_ps(offsets)));
+            const __m256 factors = _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(bits)));
+            const __m256 offsets = _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(_mm256_extracti128_si256(bits, 1)));
+            scale[r] = _mm512_castps256_ps512(_mm256_mul_ps(_mm256_mul_ps(NAME(half8)(p), factors), scales));
+            minimums[r] = _mm256_fmadd_ps(_mm256_mul_ps(NAME(half8)(p + 2), offsets), totals, minimums[r]);
         }
-        for (int chunk = 0; chunk < 4; chunk++) {
-            const __m512i which = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_set1_epi32(2 * chunk)),
-                                                     _mm256_set1_epi32(2 * chunk + 1), 1);
-            const __m512i a = _mm512_loadu_si512(x->q + 256 * b + 64 * chunk);
-            const float *scales = x->scales + 8 * b + 2 * chunk;
-            const __m512 xs = NAME(both)(scales[0], scales[1]);
-            NAME(fetch_ahead)(row, 144 * b + 36 * chunk);
-            const __m512 total = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_dpbusd_epi32(zero, ones, a)), xs);
+        /* 64 bytes hold the parts 0, 2 in their low and 1, 3 in their high halves. */
+        for (int half = 0; half < 2; half++) {
+            const __m512i a = _mm512_loadu_si512(x->q + 256 * b + 128 * half);
+            const __m512i c = _mm512_loadu_si512(x->q + 256 * b + 128 * half + 64);
+            const __m512i even = _mm512_inserti64x4(a, _mm512_castsi512_si256(c), 1);
+            const __m512i odd = _mm512_inserti64x4(c, _mm512_extracti64x4_epi64(a, 1), 0);
+            const __m512i first = _mm512_inserti64x4(_mm512_set1_epi32(4 * half), _mm256_set1_epi32(4 * half + 2), 1);
+            const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(1));
+            for (int at = 72 * half; at < 72 * half + 72; at += 64) NAME(fetch)(row, ahead + 144 * b + at);
             for (int r = 0; r < 4; r++) {
-                const __m256i bytes = _mm256_loadu_si256((const __m256i *)(row[r] + 144 * b + 16 + 32 * chunk));
-                const __m512i w = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_and_si256(bytes, low)),
-                    _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low), 1);
-                const __m512 dot = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_dpbusd_epi32(zero, w, a)), xs);
-                sums[r] = _mm512_fmadd_ps(dot, _mm512_permutexvar_ps(which, scale[r]), sums[r]);
-                sums[r] = _mm512_fnmadd_ps(total, _mm512_permutexvar_ps(which, minimum[r]), sums[r]);
+                const __m512i bytes = _mm512_loadu_si512(row[r] + 144 * b + 16 + 64 * half);
+                const __m512i evens = _mm512_dpbusd_epi32(zero, _mm512_and_si512(bytes, low), even);
+                const __m512i odds = _mm512_dpbusd_epi32(zero, _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low), odd);
+                sums[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(evens), _mm512_permutexvar_ps(first, scale[r]), sums[r]);
+                sums[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(odds), _mm512_permutexvar_ps(second, scale[r]), sums[r]);
             }
         }
     }
-    for (int r = 0; r < 4; r++) out[r] = _mm512_reduce_add_ps(sums[r]);
+    for (int r = 0; r < 4; r++)
+        out[r] = _mm512_reduce_add_ps(sums[r]) - _mm512_reduce_add_ps(_mm512_zextps256_ps512(minimums[r]));
 }
 
 static void NAME(rows_q6_k)(const uint8_t *const row[4], long columns, const struct vector *x, float *out) {
@@ -113,6 +163,7 @@ static void NAME(rows_q6_k)(const uint8_t *const row[4], long columns, const str
     const __m512i shift = _mm512_set_epi64(0x0002000200020002, 0x0002000200020002, 0x0002000200020002,
                                            0x0002000200020002, 0, 0, 0, 0);
     __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+    const long ahead = NAME(distance)(row);
     for (long b = 0; b < columns / 256; b++) {
         __m512 scale[4];
         for (int r = 0; r < 4; r++) {
@@ -123,10 +174,10 @@ static void NAME(rows_q6_k)(const uint8_t *const row[4], long columns, const str
         for (int chunk = 0; chunk < 4; chunk++) {
             const __m512i which = _mm512_add_epi32(quarter, _mm512_set1_epi32(4 * chunk));
             const __m512i a = _mm512_loadu_si512(x->q + 256 * b + 64 * chunk);
-            const __m512i offset = _mm512_dpbusd_epi32(zero, middle, a);
+            const __m512i offset = _mm512_sub_epi32(zero, _mm512_dpbusd_epi32(zero, middle, a));
             const float *scales = x->scales + 8 * b + 2 * chunk;
             const __m512 xs = NAME(both)(scales[0], scales[1]);
-            NAME(fetch_ahead)(row, 210 * b + 53 * chunk);
+            NAME(fetch)(row, ahead + 210 * b + 53 * chunk);
             const __m512i by = chunk & 1 ? _mm512_add_epi16(shift, _mm512_set1_epi16(4)) : shift;
             for (int r = 0; r < 4; r++) {
                 const uint8_t *p = row[r] + 210 * b;
@@ -135,7 +186,7 @@ static void NAME(rows_q6_k)(const uint8_t *const row[4], long columns, const str
                 const __m256i top = _mm256_loadu_si256((const __m256i *)(p + 128 + 32 * (chunk / 2)));
                 const __m512i tops = _mm512_srlv_epi16(_mm512_inserti64x4(_mm512_castsi256_si512(top), top, 1), by);
                 w = _mm512_or_si512(w, _mm512_slli_epi16(_mm512_and_si512(tops, two), 4));
-                const __m512i dot = _mm512_sub_epi32(_mm512_dpbusd_epi32(zero, w, a), offset);
+                const __m512i dot = _mm512_dpbusd_epi32(offset, w, a);
                 const __m512 factor = _mm512_mul_ps(_mm512_permutexvar_ps(which, scale[r]), xs);
                 sums[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), factor, sums[r]);
             }
@@ -157,12 +208,12 @@ static void NAME(rows_q6_k)(const uint8_t *const row[4], long columns, const str
                 integers_##KIND(row[r] + BYTES * b, values, scales, minimums);                              \
                 for (int part = 0; part < VALUES / 32; part++) {                                            \
                     const int8_t *q = x->q + VALUES * b + 32 * part;                                        \
-                    int32_t dots[2] = {0, 0}, all = 0;                                                      \
+                    int32_t dots[2] = {0, 0};                                                      \
                     for (int i = 0; i < 16; i++) dots[0] += values[32 * part + i] * q[i];                   \
                     for (int i = 16; i < 32; i++) dots[1] += values[32 * part + i] * q[i];                  \
-                    for (int i = 0; i < 32; i++) all += q[i];                                               \
                     total += x->scales[VALUES / 32 * b + part]                                              \
-                             * (scales[2 * part] * dots[0] + scales[2 * part + 1] * dots[1] - minimums[part] * all);   \
+                             * (scales[2 * part] * dots[0] + scales[2 * part + 1] * dots[1])                \
+                             - minimums[part] * x->sums[VALUES / 32 * b + part];                            \
                 }                                                                                           \
             }                                                                                               \
             out[r] = total;                                                                                 \
@@ -176,5 +227,5 @@ BLOCK_ROWS(q6_k, 256, 210)
 
 #endif
 
-#undef PAIR_ROWS
+#undef QUAD_ROWS
 #undef BLOCK_ROWS

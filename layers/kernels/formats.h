@@ -13,6 +13,24 @@ static inline float half_to_float(uint16_t half) {
     return sign ? -value : value;
 }
 
+/* Rounded half to even, in fp16's subnormal range too. */
+static inline uint16_t float_to_half(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    const uint16_t sign = (uint16_t)(bits >> 16 & 0x8000);
+    bits &= 0x7FFFFFFF;
+    if (bits >= 0x47800000) return (uint16_t)(sign | (bits > 0x7F800000 ? 0x7E00 : 0x7C00));
+    if (bits < 0x38800000) {
+        /* Adding 0.5 leaves the units of fp16's smallest numbers in the last places. */
+        float small;
+        memcpy(&small, &bits, 4);
+        small += 0.5f;
+        memcpy(&bits, &small, 4);
+        return (uint16_t)(sign | (bits - 0x3F000000));
+    }
+    return (uint16_t)(sign | ((bits - 0x38000000 + 0xFFF + (bits >> 13 & 1)) >> 13));
+}
+
 static inline float half_at(const uint8_t *p) {
     uint16_t bits;
     memcpy(&bits, p, 2);

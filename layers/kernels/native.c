@@ -10,6 +10,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+#if !defined(_WIN32)
+#include <sched.h>
+#endif
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
 #define X86 1
@@ -21,32 +24,45 @@
 
 enum kind { F32, BF16, F16, Q8_0, Q4_0, Q4_K, Q6_K, KINDS };
 
+/* A row of activations, as it is and as int8 in blocks of 32. */
 struct vector {
     const float *values;
     const int8_t *q;
-    const float *scales;
+    const float *scales, *sums;
 };
+
+#define QUANTIZED 128 /* values that the kernels take at once */
+static inline long quantized(long columns) { return (columns + QUANTIZED - 1) / QUANTIZED * QUANTIZED; }
 
 struct format {
     int values, bytes;
     void (*integers)(const uint8_t *block, int8_t *values, float *scales_of_16, float *minimums_of_32);
 };
 
+/* For `time` tokens in each row of a batch, one after the other in query, out and bias; strides are in values. */
 struct attention {
     const float *query, *bias, *sinks;
     const void *keys, *values;
     float *out;
-    long past, key_row, key_head, key_step, value_row, value_head, value_step, bias_row;
-    int batch, heads, kv_heads, head_dim;
+    long past, key_row, key_head, key_step, value_row, value_head, value_step, bias_row, query_row;
+    int batch, time, heads, kv_heads, head_dim;
     float scale, softcap;
 };
 
+static inline long padded(long count) { return (count + 15) / 16 * 16; }
+
+enum activation { SILU, GELU_TANH };
+
 struct processor {
     const char *label;
-    void (*quantize)(const float *x, long columns, int8_t *q, float *scales);
-    void (*expand)(const struct format *, const uint8_t *row, long columns, float *wide, uint16_t *narrow);
+    void (*quantize)(const float *x, long columns, int8_t *q, float *scales, float *sums);
+    void (*widen)(int kind, const void *from, long count, float *to);
+    void (*narrow)(int kind, const float *from, long count, void *to);
+    void (*normalise)(const float *x, const float *weight, long count, float epsilon, float *to);
+    void (*gated)(int activation, const float *gate, const float *up, long count, float *to);
+    void (*expand)(int kind, const uint8_t *row, long columns, float *wide, uint16_t *narrow);
     void (*rows[KINDS])(const uint8_t *const row[4], long columns, const struct vector *x, float *out);
-    void (*attend[3])(const struct attention *, long row, long kv_head, float *scores);
+    void (*attend[3])(const struct attention *, long row, int kv_head, int first, int heads, float *scores);
 };
 
 #include "formats.h"
@@ -105,28 +121,23 @@ EXPORT const char *causallm_choose(int level) {
     return processor->label;
 }
 
-typedef void (*parallel)(void (*work)(void *), void *job, unsigned threads, unsigned flags);
-static parallel team = 0;
-
-EXPORT void causallm_threads_with(parallel gomp_parallel) { team = gomp_parallel; }
-
-static void run(void (*work)(void *), void *job, int threads) {
-    if (team && threads > 1) team(work, job, (unsigned)threads, 0);
-    else work(job);
-}
+#include "team.h"
 
 struct matrix {
     const uint8_t *weight;
     float *out;
     long rows;
     int kind;
+    long stride; /* of out, from one token to the next */
+    const void *bias;
+    int bias_kind;
+    const float *add; /* the residual, strided as out */
 };
 
 struct product {
     const struct matrix *matrices;
     int count;
     long columns, tokens;
-    const struct vector *vectors;
     atomic_long next;
     long grain;
 };
@@ -137,22 +148,32 @@ static long row_bytes(int kind, long columns) {
     return columns / FORMATS[kind].values * FORMATS[kind].bytes;
 }
 
-static void multiply_rows(const struct product *job, const struct matrix *m, long begin, long end) {
+static float stored_at(const void *values, int kind, long index) {
+    const uint8_t *p = values;
+    return kind == F32 ? scalar_f32(p + 4 * index) : kind == BF16 ? scalar_bf16(p + 2 * index) : scalar_f16(p + 2 * index);
+}
+
+static void multiply_rows(const struct product *job, const struct matrix *m, const struct vector *vectors, long begin, long end) {
     const long bytes = row_bytes(m->kind, job->columns);
     for (long first = begin; first < end; first += 4) {
         const uint8_t *row[4];
         for (int r = 0; r < 4; r++) row[r] = m->weight + bytes * (first + r < end ? first + r : end - 1);
-        const long here = end - first < 4 ? end - first : 4;
+        const int here = (int)(end - first < 4 ? end - first : 4);
         for (long token = 0; token < job->tokens; token++) {
             float result[4];
-            processor->rows[m->kind](row, job->columns, job->vectors + token, result);
-            memcpy(m->out + token * m->rows + first, result, sizeof(float) * here);
+            processor->rows[m->kind](row, job->columns, vectors + token, result);
+            float *out = m->out + token * m->stride + first;
+            const float *add = m->add ? m->add + token * m->stride + first : 0;
+            for (int r = 0; r < here; r++) {
+                const float bias = m->bias ? stored_at(m->bias, m->bias_kind, first + r) : 0;
+                out[r] = result[r] + bias + (add ? add[r] : 0);
+            }
         }
     }
 }
 
-static void multiply(void *argument) {
-    struct product *job = argument;
+/* A thread's share of out[token][row] = sum over columns of weight[row] * x[token], of several matrices. */
+static void multiply(struct product *job, const struct vector *vectors) {
     for (;;) {
         long at = atomic_fetch_add(&job->next, job->grain);
         int which = 0;
@@ -160,41 +181,55 @@ static void multiply(void *argument) {
             at -= (job->matrices[which].rows + job->grain - 1) / job->grain * job->grain, which++;
         if (which == job->count) return;
         const long rows = job->matrices[which].rows, end = at + job->grain;
-        multiply_rows(job, job->matrices + which, at, end < rows ? end : rows);
+        multiply_rows(job, job->matrices + which, vectors, at, end < rows ? end : rows);
     }
 }
 
-/* out[token][row] = sum over columns of weight[row] * x[token], for several matrices that read the same x.
-   Returns 0, or -1 where memory is short. */
-static int causallm_multiply(const struct matrix *matrices, int count, const float *x, long tokens, long columns,
-                             int threads) {
-    int quantized = 0;
+static struct product product_of(const struct matrix *matrices, int count, long columns, long tokens, int threads) {
     long rows = 0;
-    for (int i = 0; i < count; i++) quantized |= matrices[i].kind > F16, rows += matrices[i].rows;
-    const long padded = (columns + 63) / 64 * 64, scales = padded / 32 + 1;
-    char *memory = calloc(1, tokens * (sizeof(struct vector) + (quantized ? padded + sizeof(float) * scales : 0)) + 64);
-    if (!memory) return -1;
-    struct vector *vectors = (struct vector *)memory;
-    float *all_scales = (float *)(vectors + tokens);
-    int8_t *all_q = (int8_t *)(all_scales + tokens * scales);
-    for (long token = 0; token < tokens; token++) {
-        vectors[token] = (struct vector){x + token * columns, all_q + token * padded, all_scales + token * scales};
-        if (quantized) processor->quantize(x + token * columns, columns, all_q + token * padded, all_scales + token * scales);
-    }
-    struct product job = {matrices, count, columns, tokens, vectors, 0, 0};
+    for (int i = 0; i < count; i++) rows += matrices[i].rows;
     /* Enough pieces that a slow thread leaves little behind, each a multiple of four rows. */
-    job.grain = rows / (8 * threads) / 4 * 4;
-    job.grain = job.grain < 8 ? 8 : job.grain > 256 ? 256 : job.grain;
-    run(multiply, &job, threads);
-    free(memory);
-    return 0;
+    const long grain = rows / (8 * threads) / 4 * 4;
+    return (struct product){matrices, count, columns, tokens, 0, grain < 8 ? 8 : grain > 256 ? 256 : grain};
 }
 
-/* The same for one matrix. */
+/* Memory that a row takes: its description, int8 values, scales and sums. */
+static long vector_bytes(long columns) { return sizeof(struct vector) + quantized(columns) / 32 * (32 + 2 * sizeof(float)); }
+
+/* Rows as the products want them, as int8 too for packed weights; `memory` is for what `vectors` point to. */
+static void prepare(struct vector *vectors, char *memory, const float *rows, long tokens, long columns, int packed) {
+    const long blocks = quantized(columns) / 32;
+    for (long t = 0; t < tokens; t++) {
+        float *scales = (float *)memory, *sums = scales + blocks;
+        int8_t *q = (int8_t *)(sums + blocks);
+        memory = (char *)(q + 32 * blocks);
+        vectors[t] = (struct vector){rows + t * columns, q, scales, sums};
+        if (packed) processor->quantize(rows + t * columns, columns, q, scales, sums);
+    }
+}
+
+struct linear {
+    struct product product;
+    const struct vector *vectors;
+};
+
+static void multiply_linear(void *argument) {
+    struct linear *job = argument;
+    multiply(&job->product, job->vectors);
+}
+
+/* out[token][row] = sum over columns of weight[row] * x[token]. Returns 0, or -1 where memory is short. */
 EXPORT int causallm_linear(int kind, const void *weight, long rows, long columns, const float *x, long tokens, float *out,
                            int threads) {
-    const struct matrix matrix = {weight, out, rows, kind};
-    return causallm_multiply(&matrix, 1, x, tokens, columns, threads);
+    char *memory = malloc(tokens * vector_bytes(columns));
+    if (!memory) return -1;
+    struct vector *vectors = (struct vector *)memory;
+    prepare(vectors, (char *)(vectors + tokens), x, tokens, columns, kind > F16);
+    const struct matrix matrix = {.weight = weight, .out = out, .rows = rows, .kind = kind, .stride = rows};
+    struct linear job = {product_of(&matrix, 1, columns, tokens, threads), vectors};
+    run(multiply_linear, &job, threads);
+    free(memory);
+    return 0;
 }
 
 struct expansion {
@@ -211,7 +246,7 @@ static void expand_rows(void *argument) {
     const long bytes = row_bytes(job->kind, job->columns);
     for (long begin; (begin = atomic_fetch_add(&job->next, 16)) < job->rows;)
         for (long row = begin; row < begin + 16 && row < job->rows; row++)
-            processor->expand(FORMATS + job->kind, job->packed + bytes * row, job->columns,
+            processor->expand(job->kind, job->packed + bytes * row, job->columns,
                               job->wide ? job->wide + row * job->columns : 0,
                               job->narrow ? job->narrow + row * job->columns : 0);
 }
@@ -225,26 +260,40 @@ EXPORT void causallm_expand(int kind, const void *packed, long rows, long column
 struct heads {
     const struct attention *attention;
     float *scores;
-    int kind;
+    int kind, threads;
     atomic_long next, buffer;
 };
+
+/* The threads' share of the heads; where there are fewer key-value heads than threads, several take one. */
+static void attend_units(const struct attention *a, int kind, atomic_long *next, int threads, float *scores) {
+    const int group = a->heads / a->kv_heads;
+    const long rows = (long)a->batch * a->time;
+    int parts = 1;
+    while (rows * a->kv_heads * parts < threads && group % (2 * parts) == 0) parts *= 2;
+    const int heads = group / parts;
+    for (long unit; (unit = atomic_fetch_add(next, 1)) < rows * a->kv_heads * parts;) {
+        const int head = (int)(unit / parts % a->kv_heads), part = (int)(unit % parts);
+        processor->attend[kind](a, unit / parts / a->kv_heads, head, part * heads, heads, scores);
+    }
+}
 
 static void attend_heads(void *argument) {
     struct heads *job = argument;
     const struct attention *a = job->attention;
-    const long mine = atomic_fetch_add(&job->buffer, 1), units = (long)a->batch * a->kv_heads;
-    float *scores = job->scores + mine * (a->heads / a->kv_heads) * a->past;
-    for (long unit; (unit = atomic_fetch_add(&job->next, 1)) < units;)
-        processor->attend[job->kind](a, unit / a->kv_heads, unit % a->kv_heads, scores);
+    const long mine = atomic_fetch_add(&job->buffer, 1);
+    float *scores = job->scores + mine * (a->heads / a->kv_heads) * padded(a->past);
+    attend_units(a, job->kind, &job->next, job->threads, scores);
 }
 
-/* Attention of one token in each row of the batch; strides are in values. Returns 0, or -1 where memory is short. */
+/* Attention over a cache; strides are in values. Returns 0, or -1 where memory is short. */
 EXPORT int causallm_attend(const struct attention *attention, int kind, int threads) {
     const long group = attention->heads / attention->kv_heads;
-    float *scores = malloc(sizeof(float) * threads * group * attention->past);
+    float *scores = malloc(sizeof(float) * threads * group * padded(attention->past));
     if (!scores) return -1;
-    struct heads job = {attention, scores, kind, 0, 0};
+    struct heads job = {attention, scores, kind, threads, 0, 0};
     run(attend_heads, &job, threads);
     free(scores);
     return 0;
 }
+
+#include "halves.h"

@@ -14,14 +14,16 @@ from torch import Tensor
 KINDS = {"F32": 0, "BF16": 1, "F16": 2, "Q8_0": 3, "Q4_0": 4, "Q4_K": 5, "Q6_K": 6}
 FLOATS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 PLAIN, AVX2, AVX512 = 0, 1, 2
+TEAM = ("GOMP_parallel", "omp_get_num_threads")
 
 Address, Size = ctypes.c_void_p, ctypes.c_long
 SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "causallm_choose": (ctypes.c_char_p, [ctypes.c_int]),
-    "causallm_threads_with": (None, [Address]),
+    "causallm_threads_with": (None, [Address, Address]),
     "causallm_linear": (ctypes.c_int, [ctypes.c_int, Address, Size, Size, Address, Size, Address, ctypes.c_int]),
     "causallm_expand": (None, [ctypes.c_int, Address, Size, Size, Address, Address, ctypes.c_int]),
     "causallm_attend": (ctypes.c_int, [Address, ctypes.c_int, ctypes.c_int]),
+    "causallm_halves": (ctypes.c_int, [Address, ctypes.c_int, Address, ctypes.c_int]),
 }
 
 
@@ -41,7 +43,7 @@ def library() -> ctypes.CDLL | None:
         return None
     loaded.causallm_choose(AVX512)
     if team := _team():
-        loaded.causallm_threads_with(team)
+        loaded.causallm_threads_with(*team)
     return loaded
 
 
@@ -53,13 +55,24 @@ def choose(level: int) -> str:
     return loaded.causallm_choose(level).decode()
 
 
-def _team() -> int | None:
-    """The address of GOMP_parallel in the OpenMP library that torch has loaded; None where it is another kind."""
+def run_halves(halves: ctypes.Array, tokens: ctypes.Structure) -> None:
+    """Let the tokens pass through halves of decoder blocks (`layers.kernels.half_arguments`)."""
+    loaded = library()
+    assert loaded is not None
+    if loaded.causallm_halves(halves, len(halves), ctypes.byref(tokens), torch.get_num_threads()):
+        raise MemoryError(f"no memory for the working space of {len(halves)} halves of blocks")
+
+
+def _team() -> tuple[int, int] | None:
+    """Addresses of GOMP_parallel and omp_get_num_threads in the OpenMP library that torch has loaded, if there."""
     for path in sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*")):
         try:
-            return ctypes.cast(ctypes.CDLL(str(path)).GOMP_parallel, Address).value
+            loaded = ctypes.CDLL(str(path))
+            begin, size = (ctypes.cast(getattr(loaded, name), Address).value for name in TEAM)
         except (OSError, AttributeError):
             continue
+        if begin and size:
+            return begin, size
     return None
 
 
@@ -102,7 +115,8 @@ class AttentionArguments(ctypes.Structure):
     _fields_ = [
         *((name, Address) for name in ("query", "bias", "sinks", "keys", "values", "out")),
         *((name, Size) for name in "past key_row key_head key_step value_row value_head value_step bias_row".split()),
-        *((name, ctypes.c_int) for name in ("batch", "heads", "kv_heads", "head_dim")),
+        ("query_row", Size),
+        *((name, ctypes.c_int) for name in ("batch", "time", "heads", "kv_heads", "head_dim")),
         *((name, ctypes.c_float) for name in ("scale", "softcap")),
     ]
 
@@ -135,7 +149,9 @@ def attend(
         *key.stride()[:3],
         *value.stride()[:3],
         0 if bias is None or bias.shape[0] == 1 else bias.stride(0),
+        heads * head_dim,
         batch,
+        1,
         heads,
         key.shape[1],
         head_dim,

@@ -1,0 +1,98 @@
+/* Attention of one token: softmax(q k^T) v for some query heads of one key-value head, included by kernels.h once per
+   kind of processor. `scores` has room for `heads` rows of `padded(past)` floats. */
+
+#define POSITIONS 64 /* of which keys or values stay in the nearest cache while all heads use them */
+
+static inline float NAME(largest)(const float *values, long count) {
+    float largest = values[0];
+    for (long i = 1; i < count; i++) largest = values[i] > largest ? values[i] : largest;
+    return largest;
+}
+
+/* Scores to probabilities; what lies between `past` and the next whole vector is overwritten. */
+static void NAME(softmax)(float *scores, long past, const float *sink) {
+    const long whole = padded(past);
+    for (long t = past; t < whole; t++) scores[t] = -INFINITY;
+    float largest = NAME(largest)(scores, past);
+    if (sink && *sink > largest) largest = *sink;
+    V16 sum = {0};
+    for (long t = 0; t < whole; t += 16) {
+        const V16 e = NAME(exp16)(NAME(load_f32)(scores + t) - largest);
+        *(V16 *)(scores + t) = e;
+        sum += e;
+    }
+    const float inverse = 1.0f / (NAME(sum)(sum) + (sink ? expf(*sink - largest) : 0.0f));
+    for (long t = 0; t < whole; t += 16) *(V16 *)(scores + t) = NAME(load_f32)(scores + t) * inverse;
+}
+
+#define ATTEND(KIND, BYTES)                                                                                 \
+    static inline void NAME(score_##KIND)(const float *query, const uint8_t *keys, long step, long count, int dim,     \
+                                          float *scores) {                                                  \
+        for (long t = 0; t < count; t++) {                                                                  \
+            V16 sums[2] = {{0}};                                                                            \
+            const uint8_t *key = keys + BYTES * t * step;                                                   \
+            int i = 0;                                                                                      \
+            for (; i + 32 <= dim; i += 32)                                                                  \
+                for (int half = 0; half < 2; half++)                                                        \
+                    sums[half] += NAME(load_##KIND)(key + BYTES * (i + 16 * half))                          \
+                                  * NAME(load_f32)(query + i + 16 * half);                                  \
+            if (i < dim) sums[0] += NAME(load_##KIND)(key + BYTES * i) * NAME(load_f32)(query + i);         \
+            scores[t] = NAME(sum)(sums[0] + sums[1]);                                                       \
+        }                                                                                                   \
+    }                                                                                                       \
+    /* out += weights values, `parts` vectors of 16 dimensions held in registers. */                        \
+    static inline __attribute__((always_inline)) void NAME(mix_##KIND)(                                     \
+        const float *weights, const uint8_t *values, long step, long count, const int parts, float *out) {  \
+        V16 sums[8];                                                                                        \
+        for (int i = 0; i < parts; i++) sums[i] = NAME(load_f32)(out + 16 * i);                             \
+        for (long t = 0; t < count; t++)                                                                    \
+            for (int i = 0; i < parts; i++)                                                                 \
+                sums[i] += weights[t] * NAME(load_##KIND)(values + BYTES * (t * step + 16 * i));            \
+        for (int i = 0; i < parts; i++) *(V16 *)(out + 16 * i) = sums[i];                                   \
+    }                                                                                                       \
+    static void NAME(attend_##KIND)(const struct attention *a, long row, int kv_head, int first, int heads, \
+                                    float *scores) {                                                        \
+        const int group = a->heads / a->kv_heads, dim = a->head_dim, batch = (int)(row / a->time);          \
+        const long past = a->past, stride = padded(past), head = (long)kv_head * group + first;             \
+        const uint8_t *keys = (const uint8_t *)a->keys + BYTES * (batch * a->key_row + kv_head * a->key_head);         \
+        const uint8_t *values = (const uint8_t *)a->values + BYTES * (batch * a->value_row + kv_head * a->value_head); \
+        const float *bias = a->bias ? a->bias + batch * a->bias_row + row % a->time * past : 0;             \
+        const float *query = a->query + row * a->query_row + head * dim;                                    \
+        float *out = a->out + row * a->heads * dim + head * dim;                                            \
+        for (long t = 0; t < past; t += POSITIONS) {                                                        \
+            const long count = past - t < POSITIONS ? past - t : POSITIONS;                                 \
+            for (int g = 0; g < heads; g++)                                                                 \
+                NAME(score_##KIND)(query + g * dim, keys + BYTES * t * a->key_step, a->key_step, count, dim,           \
+                                   scores + g * stride + t);                                                \
+        }                                                                                                   \
+        for (int g = 0; g < heads; g++) {                                                                   \
+            float *s = scores + g * stride;                                                                 \
+            for (long t = 0; t < past; t++) s[t] *= a->scale;                                               \
+            if (a->softcap > 0)                                                                             \
+                for (long t = 0; t < past; t++) s[t] = a->softcap * tanhf(s[t] / a->softcap);               \
+            if (bias)                                                                                       \
+                for (long t = 0; t < past; t++) s[t] += bias[t];                                            \
+            NAME(softmax)(s, past, a->sinks ? a->sinks + head + g : 0);                                     \
+        }                                                                                                   \
+        memset(out, 0, sizeof(float) * heads * dim);                                                        \
+        for (long t = 0; t < past; t += POSITIONS) {                                                        \
+            const long count = past - t < POSITIONS ? past - t : POSITIONS;                                 \
+            const uint8_t *here = values + BYTES * t * a->value_step;                                       \
+            for (int g = 0; g < heads; g++) {                                                               \
+                const float *weights = scores + g * stride + t;                                             \
+                int i = 0;                                                                                  \
+                for (; i + 128 <= dim; i += 128)                                                            \
+                    NAME(mix_##KIND)(weights, here + BYTES * i, a->value_step, count, 8, out + g * dim + i);           \
+                for (; i + 32 <= dim; i += 32)                                                              \
+                    NAME(mix_##KIND)(weights, here + BYTES * i, a->value_step, count, 2, out + g * dim + i);           \
+                if (i < dim) NAME(mix_##KIND)(weights, here + BYTES * i, a->value_step, count, 1, out + g * dim + i);  \
+            }                                                                                               \
+        }                                                                                                   \
+    }
+
+ATTEND(f32, 4)
+ATTEND(bf16, 2)
+ATTEND(f16, 2)
+
+#undef POSITIONS
+#undef ATTEND

@@ -1,0 +1,103 @@
+/* What lies between the products of a decoder block, over whole vectors; included by kernels.h once per kind of
+   processor. Lengths need not fill vectors: the rest is done one by one. */
+
+static inline V16 NAME(splat)(float value) {
+    V16 v = {0};
+    return v + value;
+}
+
+/* e^x for x <= 88, relative error below 2e-7; 0 below -87.3, where fp32 has no normal number left. */
+static inline V16 NAME(exp16)(V16 x) {
+    const V16 magic = NAME(splat)(12582912.0f);
+    const U32 normal = (U32)(x >= -87.3f);
+    const V16 clamped = (V16)((U32)x & normal);
+    const V16 shifted = clamped * 1.44269504f + magic;
+    const V16 n = shifted - magic;
+    const V16 r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
+    V16 p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    const U32 power = ((U32)shifted - 0x4B400000u + 127u) << 23;
+    return (V16)((U32)(p * (V16)power) & normal);
+}
+
+/* `count` values stored as `kind` to fp32. */
+static void NAME(widen)(int kind, const void *from, long count, float *to) {
+    const uint8_t *p = from;
+    if (kind == F32) {
+        memcpy(to, from, sizeof(float) * count);
+        return;
+    }
+    long i = 0;
+    for (; i + 16 <= count; i += 16) *(V16 *)(to + i) = kind == BF16 ? NAME(load_bf16)(p + 2 * i) : NAME(load_f16)(p + 2 * i);
+    for (; i < count; i++) to[i] = kind == BF16 ? scalar_bf16(p + 2 * i) : scalar_f16(p + 2 * i);
+}
+
+/* fp32 values stored as `kind`, rounded half to even. */
+static void NAME(narrow)(int kind, const float *from, long count, void *to) {
+    uint16_t *p = to;
+    if (kind == F32) {
+        memcpy(to, from, sizeof(float) * count);
+        return;
+    }
+    long i = 0;
+    for (; i + 16 <= count; i += 16) {
+        const V16 v = NAME(load_f32)(from + i);
+        if (kind == BF16) *(U16 *)(p + i) = NAME(to_bf16)(v);
+        else NAME(to_f16)(v, p + i);
+    }
+    if (i < count) {
+        V16 v = {0};
+        uint16_t rest[16];
+        memcpy(&v, from + i, sizeof(float) * (count - i));
+        if (kind == BF16) *(U16 *)rest = NAME(to_bf16)(v);
+        else NAME(to_f16)(v, rest);
+        memcpy(p + i, rest, 2 * (count - i));
+    }
+}
+
+/* to = x / sqrt(mean(x^2) + epsilon) * weight. */
+static void NAME(normalise)(const float *x, const float *weight, long count, float epsilon, float *to) {
+    V16 sums[2] = {{0}};
+    long i = 0;
+    for (; i + 32 <= count; i += 32)
+        for (int half = 0; half < 2; half++) {
+            const V16 v = NAME(load_f32)(x + i + 16 * half);
+            sums[half] += v * v;
+        }
+    float total = NAME(sum)(sums[0] + sums[1]);
+    for (; i < count; i++) total += x[i] * x[i];
+    const float factor = 1.0f / sqrtf(total / (float)count + epsilon);
+    for (i = 0; i + 16 <= count; i += 16) *(V16 *)(to + i) = NAME(load_f32)(x + i) * factor * NAME(load_f32)(weight + i);
+    for (; i < count; i++) to[i] = x[i] * factor * weight[i];
+}
+
+static inline V16 NAME(activated)(int activation, V16 gate) {
+    /* gelu(x) = x (1 + tanh(u)) / 2 = x / (1 + e^-2u): arXiv 1606.08415 with the usual cubic u. */
+    if (activation == GELU_TANH) {
+        V16 u = -1.5957691216f * (gate + 0.044715f * gate * gate * gate);
+        const U32 low = (U32)(u < 88.0f);
+        u = (V16)(((U32)u & low) | ((U32)NAME(splat)(88.0f) & ~low));
+        return gate / (1.0f + NAME(exp16)(u));
+    }
+    V16 u = -gate;
+    const U32 low = (U32)(u < 88.0f);
+    u = (V16)(((U32)u & low) | ((U32)NAME(splat)(88.0f) & ~low));
+    return gate / (1.0f + NAME(exp16)(u));
+}
+
+/* to = activation(gate) * up. */
+static void NAME(gated)(int activation, const float *gate, const float *up, long count, float *to) {
+    long i = 0;
+    for (; i + 16 <= count; i += 16) *(V16 *)(to + i) = NAME(activated)(activation, NAME(load_f32)(gate + i)) * NAME(load_f32)(up + i);
+    if (i < count) {
+        V16 g = {0}, u = {0};
+        memcpy(&g, gate + i, sizeof(float) * (count - i));
+        memcpy(&u, up + i, sizeof(float) * (count - i));
+        const V16 result = NAME(activated)(activation, g) * u;
+        memcpy(to + i, &result, sizeof(float) * (count - i));
+    }
+}

@@ -1,0 +1,55 @@
+/* What the caller says of the halves of decoder blocks; half_arguments.py has the same structs. */
+
+/* A vector of weights stored as `kind`, or none. */
+struct stored {
+    const void *values;
+    int kind;
+};
+
+struct layer {
+    const uint8_t *weight;
+    struct stored bias;
+    long rows, columns;
+    int kind;
+};
+
+struct norm {
+    struct stored weight;
+    float epsilon, offset; /* offset: what is added to each weight (Gemma: 1) */
+};
+
+/* `x` and `out`: (batch, time, dim) of one kind of float; they may be the same. */
+struct tokens {
+    const void *x;
+    void *out;
+    long batch, time, dim;
+    int kind;
+};
+
+struct attention_half {
+    struct norm norm, query_norm, key_norm, post_norm;
+    struct layer first[3], last; /* queries, keys, values; output */
+    struct stored sinks;
+    void *keys, *values; /* of the cache */
+    long key_row, key_head, key_step, value_row, value_head, value_step;
+    long past, slot, bias_row, table_row;
+    const float *bias, *cosines, *sines;
+    int cache_kind, heads, kv_heads, head_dim;
+    float scale, softcap;
+};
+
+struct mlp_half {
+    struct norm norm, post_norm;
+    struct layer first[2], last; /* gate and up; down */
+    int activation;
+};
+
+enum half_kind { ATTENTION, MLP };
+
+struct half {
+    int kind;
+    union {
+        struct attention_half attention;
+        struct mlp_half mlp;
+    };
+};

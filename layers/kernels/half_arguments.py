@@ -1,0 +1,174 @@
+"""What half_arguments.h asks for, taken from modules: the parts of a decoder block's half as addresses and numbers."""
+
+import ctypes
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from layers.activation import ACTIVATIONS
+from layers.kernels.native import FLOATS, KINDS, Address, Size
+from layers.linear import FullyConnected
+from layers.mha_core import MHACore
+from layers.packed import PackedLinear
+from layers.reshaped_rms_norm import OffsetReshapedRMSNorm, ReshapedRMSNorm
+from layers.rms_norm import OffsetRMSNorm, RMSNorm
+from layers.swiglu import SwiGLU
+
+CODES = {dtype: KINDS[kind] for dtype, kind in FLOATS.items()}
+"""Numbers of the dtypes that vectors may have."""
+ACTIVATION_CODES = {
+    id(ACTIVATIONS[name]): code for name, code in (("silu", 0), ("swish", 0), ("gelu_pytorch_tanh", 1), ("gelu_new", 1))
+}
+HEAD_NORMS = (ReshapedRMSNorm, OffsetReshapedRMSNorm)
+BLOCK_NORMS = (RMSNorm, OffsetRMSNorm)
+ATTENTION, MLP = 0, 1
+PARTS = {
+    ATTENTION: ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "core"),
+    MLP: ("gate_proj", "up_proj", "down_proj", "activation"),
+}
+
+
+class Half(NamedTuple):
+    """A half of `block`: x + post_norm(body(norm(x))), or x + body(norm(x)).
+
+    kind: None for a body that the kernels do not know, else body has the children of `PARTS[kind]`.
+    """
+
+    kind: int | None
+    block: nn.Module
+    body: nn.Module
+    norm: nn.Module
+    post_norm: nn.Module | None = None
+
+    def modules(self) -> list[nn.Module]:
+        """All that take part."""
+        children = [] if self.kind is None else [self.body._modules[name] for name in PARTS[self.kind]]
+        around = (self.block, self.body, self.norm, self.post_norm)
+        return [module for module in (*around, *children) if module is not None]
+
+
+class UnknownPartError(Exception):
+    """A part of the half is of a kind that the kernels do not know."""
+
+
+class _Stored(ctypes.Structure):
+    _fields_ = [("values", Address), ("kind", ctypes.c_int)]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [("weight", Address), ("bias", _Stored), ("rows", Size), ("columns", Size), ("kind", ctypes.c_int)]
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = [("weight", _Stored), ("epsilon", ctypes.c_float), ("offset", ctypes.c_float)]
+
+
+class Tokens(ctypes.Structure):
+    _fields_ = [
+        *((name, Address) for name in ("x", "out")),
+        *((name, Size) for name in ("batch", "time", "dim")),
+        ("kind", ctypes.c_int),
+    ]
+
+
+class _AttentionHalf(ctypes.Structure):
+    _fields_ = [
+        *((name, _Norm) for name in ("norm", "query_norm", "key_norm", "post_norm")),
+        ("first", _Layer * 3),
+        ("last", _Layer),
+        ("sinks", _Stored),
+        *((name, Address) for name in ("keys", "values")),
+        *((name, Size) for name in ("key_row", "key_head", "key_step", "value_row", "value_head", "value_step")),
+        *((name, Size) for name in ("past", "slot", "bias_row", "table_row")),
+        *((name, Address) for name in ("bias", "cosines", "sines")),
+        *((name, ctypes.c_int) for name in ("cache_kind", "heads", "kv_heads", "head_dim")),
+        *((name, ctypes.c_float) for name in ("scale", "softcap")),
+    ]
+
+
+class _MlpHalf(ctypes.Structure):
+    _fields_ = [
+        *((name, _Norm) for name in ("norm", "post_norm")),
+        ("first", _Layer * 2),
+        ("last", _Layer),
+        ("activation", ctypes.c_int),
+    ]
+
+
+class _Body(ctypes.Union):
+    _fields_ = [("attention", _AttentionHalf), ("mlp", _MlpHalf)]
+
+
+class HalfArguments(ctypes.Structure):
+    """struct half; what changes from call to call is left to fill in."""
+
+    _anonymous_ = ("body",)
+    _fields_ = [("kind", ctypes.c_int), ("body", _Body)]
+
+
+def half_arguments(half: Half) -> HalfArguments:
+    """The half's weights and numbers; UnknownPartError where the kernels do not know one of its parts."""
+    if half.kind == ATTENTION:
+        return HalfArguments(kind=ATTENTION, attention=_attention_arguments(half))
+    if half.kind == MLP:
+        return HalfArguments(kind=MLP, mlp=_mlp_arguments(half))
+    raise UnknownPartError
+
+
+def _attention_arguments(half: Half) -> _AttentionHalf:
+    attention: Any = half.body
+    core = attention.core
+    if type(core) is not MHACore or core.head_dim % 16:
+        raise UnknownPartError
+    first = [_layer(layer) for layer in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    return _AttentionHalf(
+        norm=_norm(half.norm, BLOCK_NORMS),
+        query_norm=_norm(attention.q_norm, HEAD_NORMS, core.head_dim),
+        key_norm=_norm(attention.k_norm, HEAD_NORMS, core.head_dim),
+        post_norm=_norm(half.post_norm, BLOCK_NORMS),
+        first=(_Layer * 3)(*first),
+        last=_layer(attention.o_proj),
+        sinks=_stored(attention._parameters["sinks"]),
+        heads=core.num_heads,
+        kv_heads=core.num_kv_heads,
+        head_dim=core.head_dim,
+        scale=core.scale,
+        softcap=core.score_softcap or 0.0,
+    )
+
+
+def _mlp_arguments(half: Half) -> _MlpHalf:
+    mlp: Any = half.body
+    activation = mlp.activation
+    if type(activation) is not SwiGLU or id(activation.activation) not in ACTIVATION_CODES:
+        raise UnknownPartError
+    return _MlpHalf(
+        norm=_norm(half.norm, BLOCK_NORMS),
+        post_norm=_norm(half.post_norm, BLOCK_NORMS),
+        first=(_Layer * 2)(_layer(mlp.gate_proj), _layer(mlp.up_proj)),
+        last=_layer(mlp.down_proj),
+        activation=ACTIVATION_CODES[id(activation.activation)],
+    )
+
+
+def _stored(tensor: Tensor | None) -> _Stored:
+    return _Stored() if tensor is None else _Stored(tensor.data_ptr(), CODES[tensor.dtype])
+
+
+def _layer(module: nn.Module) -> _Layer:
+    if not isinstance(module, FullyConnected | PackedLinear) or type(module) not in (FullyConnected, PackedLinear):
+        raise UnknownPartError
+    if not module.weight.is_contiguous():
+        raise UnknownPartError
+    kind = module.kind if isinstance(module, PackedLinear) else FLOATS[module.weight.dtype]
+    size = module.out_features, module.in_features
+    return _Layer(module.weight.data_ptr(), _stored(module.bias), *size, KINDS[kind])
+
+
+def _norm(module: nn.Module | None, kinds: tuple[type[RMSNorm], ...], dim: int | None = None) -> _Norm:
+    """An absent norm has no weight."""
+    if module is None or type(module) is nn.Identity:
+        return _Norm()
+    if type(module) not in kinds or not isinstance(module, RMSNorm) or (dim and module.weight.shape[0] != dim):
+        raise UnknownPartError
+    return _Norm(_stored(module.weight), module.epsilon, float(isinstance(module, OffsetRMSNorm)))

@@ -1,0 +1,255 @@
+/* The two halves of a decoder block for a few tokens, each as one piece of work for the team: norm, products, what lies
+   between them, residual. Between steps the threads wait for each other; short vectors that all need are computed by
+   each anew, which is cheaper than another wait. */
+
+#include "half_arguments.h"
+
+enum product_of_half { FIRST, LAST, PRODUCTS };
+enum shared_work { HEADS, UNITS, RESULT, WORKS };
+
+/* What the threads of one half share. */
+struct shared {
+    const struct half *half;
+    struct tokens tokens;
+    struct matrix first[3], last[1];
+    struct product products[PRODUCTS];
+    float *projected, *mixed, *sum;
+    atomic_long next[WORKS];
+};
+
+/* Halves one after the other, and the memory for any of them. */
+struct course {
+    struct shared *halves;
+    int count;
+    struct team team;
+    long scratch_bytes, widest;
+    char *scratch;
+};
+
+/* A thread's own memory: rows as fp32 and as int8. */
+struct own {
+    float *x, *rows, *weights;
+    struct vector *vectors;
+    char *prepared;
+    float *scores;
+};
+
+static long larger(long a, long b) { return a > b ? a : b; }
+
+/* Value `index` of an array of floats of some kind. */
+static void *item(void *array, int kind, long index) { return (char *)array + index * (kind == F32 ? 4 : 2); }
+
+static long scratch_bytes(long tokens, long widest, long scores) {
+    return tokens * (vector_bytes(widest) + 2 * sizeof(float) * widest) + sizeof(float) * (widest + scores) + 512;
+}
+
+static void *aligned(char **at, long bytes) {
+    char *start = (char *)(((uintptr_t)*at + 63) & ~(uintptr_t)63);
+    *at = start + bytes;
+    return start;
+}
+
+static struct own own_memory(char *at, long tokens, long widest) {
+    struct own own;
+    own.vectors = aligned(&at, sizeof(struct vector) * tokens);
+    own.x = aligned(&at, sizeof(float) * tokens * widest);
+    own.rows = aligned(&at, sizeof(float) * tokens * widest);
+    own.weights = aligned(&at, sizeof(float) * widest);
+    own.prepared = aligned(&at, tokens * (vector_bytes(widest) - sizeof(struct vector)));
+    own.scores = aligned(&at, 0);
+    return own;
+}
+
+static void normalise(const struct norm *norm, const float *x, long count, float *weights, float *to) {
+    processor->widen(norm->weight.kind, norm->weight.values, count, weights);
+    if (norm->offset != 0)
+        for (long i = 0; i < count; i++) weights[i] += norm->offset;
+    processor->normalise(x, weights, count, norm->epsilon, to);
+}
+
+/* The step's rows, normalised and prepared for the products that begin a half. */
+static void begin(const struct tokens *tokens, const struct norm *norm, const struct own *own, int packed) {
+    const long count = tokens->batch * tokens->time, dim = tokens->dim;
+    processor->widen(tokens->kind, tokens->x, count * dim, own->x);
+    for (long t = 0; t < count; t++) normalise(norm, own->x + t * dim, dim, own->weights, own->rows + t * dim);
+    prepare(own->vectors, own->prepared, own->rows, count, dim, packed);
+}
+
+static struct matrix matrix_of(const struct layer *layer, float *out, long stride, const float *add) {
+    return (struct matrix){layer->weight, out, layer->rows, layer->kind, stride, layer->bias.values, layer->bias.kind, add};
+}
+
+/* Whether the last product can write the result: fp32, and nothing after it but the residual. */
+static int writes_result(const struct tokens *tokens, const struct norm *post) {
+    return tokens->kind == F32 && !post->weight.values;
+}
+
+/* x + [norm](sum) where the last product could not write it. */
+static void finish(const struct norm *post, struct shared *shared, const struct own *own, struct team *team) {
+    const struct tokens *tokens = &shared->tokens;
+    wait_for_all(team);
+    const long dim = tokens->dim;
+    for (long t; (t = atomic_fetch_add(&shared->next[RESULT], 1)) < tokens->batch * tokens->time;) {
+        float *sum = shared->sum + t * dim;
+        if (post->weight.values) normalise(post, sum, dim, own->weights, sum);
+        for (long i = 0; i < dim; i++) sum[i] += own->x[t * dim + i];
+        processor->narrow(tokens->kind, sum, dim, item(tokens->out, tokens->kind, t * dim));
+    }
+}
+
+/* Rotate dimension i against i + half, as layers/rope.py does; the sines of the first half are negative. */
+static void rotate(float *head, int dim, const float *cosines, const float *sines) {
+    for (int i = 0; i < dim / 2; i++) {
+        const float a = head[i], b = head[i + dim / 2];
+        head[i] = a * cosines[i] + b * sines[i];
+        head[i + dim / 2] = b * cosines[i + dim / 2] + a * sines[i + dim / 2];
+    }
+}
+
+/* Heads of queries and keys normalised and rotated in place; keys and values put into the cache. */
+static void prepare_heads(const struct attention_half *half, struct shared *shared, const struct own *own) {
+    const long tokens = shared->tokens.batch * shared->tokens.time, heads = half->heads + half->kv_heads, dim = half->head_dim;
+    const long row = (half->heads + 2 * half->kv_heads) * dim;
+    for (long unit; (unit = atomic_fetch_add(&shared->next[HEADS], 1)) < tokens * heads;) {
+        const long t = unit / heads, head = unit % heads, b = t / shared->tokens.time, step = t % shared->tokens.time;
+        float *values = shared->projected + t * row + head * dim;
+        const struct norm *norm = head < half->heads ? &half->query_norm : &half->key_norm;
+        if (norm->weight.values) normalise(norm, values, dim, own->weights, values);
+        const long table = b * half->table_row + step * dim;
+        rotate(values, (int)dim, half->cosines + table, half->sines + table);
+        if (head < half->heads) continue;
+        const long kv = head - half->heads, slot = half->slot + step;
+        const long key = b * half->key_row + kv * half->key_head + slot * half->key_step;
+        const long value = b * half->value_row + kv * half->value_head + slot * half->value_step;
+        processor->narrow(half->cache_kind, values, dim, item(half->keys, half->cache_kind, key));
+        processor->narrow(half->cache_kind, values + half->kv_heads * dim, dim, item(half->values, half->cache_kind, value));
+    }
+}
+
+static int any_packed(const struct layer *layers, int count) {
+    int packed = 0;
+    for (int i = 0; i < count; i++) packed |= layers[i].kind > F16;
+    return packed;
+}
+
+static void attend_block(struct shared *shared, struct team *team, const struct own *own) {
+    const struct attention_half *half = &shared->half->attention;
+    const struct tokens *tokens = &shared->tokens;
+    const long count = tokens->batch * tokens->time, width = (long)half->heads * half->head_dim;
+
+    begin(tokens, &half->norm, own, any_packed(half->first, 3));
+    multiply(&shared->products[FIRST], own->vectors);
+    wait_for_all(team);
+    prepare_heads(half, shared, own);
+    wait_for_all(team);
+
+    const float *sinks = 0;
+    if (half->sinks.values) {
+        processor->widen(half->sinks.kind, half->sinks.values, half->heads, own->weights);
+        sinks = own->weights;
+    }
+    const struct attention attention = {
+        shared->projected, half->bias, sinks, half->keys, half->values, shared->mixed, half->past,
+        half->key_row, half->key_head, half->key_step, half->value_row, half->value_head, half->value_step,
+        half->bias_row, width + 2 * half->kv_heads * half->head_dim,
+        (int)tokens->batch, (int)tokens->time, half->heads, half->kv_heads, half->head_dim, half->scale, half->softcap,
+    };
+    attend_units(&attention, half->cache_kind, &shared->next[UNITS], team->size, own->scores);
+    wait_for_all(team);
+
+    prepare(own->vectors, own->prepared, shared->mixed, count, width, half->last.kind > F16);
+    multiply(&shared->products[LAST], own->vectors);
+    if (!writes_result(tokens, &half->post_norm)) finish(&half->post_norm, shared, own, team);
+}
+
+static void feed_forward(struct shared *shared, struct team *team, const struct own *own) {
+    const struct mlp_half *half = &shared->half->mlp;
+    const struct tokens *tokens = &shared->tokens;
+    const long count = tokens->batch * tokens->time, hidden = half->first[0].rows;
+
+    begin(tokens, &half->norm, own, any_packed(half->first, 2));
+    multiply(&shared->products[FIRST], own->vectors);
+    wait_for_all(team);
+    for (long t = 0; t < count; t++) {
+        const float *gate = shared->projected + 2 * t * hidden;
+        processor->gated(half->activation, gate, gate + hidden, hidden, own->rows + t * hidden);
+    }
+    prepare(own->vectors, own->prepared, own->rows, count, hidden, half->last.kind > F16);
+    multiply(&shared->products[LAST], own->vectors);
+    if (!writes_result(tokens, &half->post_norm)) finish(&half->post_norm, shared, own, team);
+}
+
+static void take_course(void *argument) {
+    struct course *course = argument;
+    struct team *team = &course->team;
+    const int me = join(team);
+    const struct tokens *tokens = &course->halves->tokens;
+    const struct own own = own_memory(course->scratch + me * course->scratch_bytes, tokens->batch * tokens->time, course->widest);
+    for (int i = 0; i < course->count; i++) {
+        struct shared *shared = course->halves + i;
+        if (i) wait_for_all(team);
+        if (shared->half->kind == ATTENTION) attend_block(shared, team, &own);
+        else feed_forward(shared, team, &own);
+    }
+}
+
+/* Outputs of a half's first product together, and inputs of its last. */
+static long first_width(const struct half *half) {
+    const struct attention_half *a = &half->attention;
+    return half->kind == ATTENTION ? (long)(a->heads + 2 * a->kv_heads) * a->head_dim : 2 * half->mlp.first[0].rows;
+}
+
+static long middle_width(const struct half *half) {
+    return half->kind == ATTENTION ? (long)half->attention.heads * half->attention.head_dim : half->mlp.first[0].rows;
+}
+
+static long score_count(const struct half *half) {
+    const struct attention_half *a = &half->attention;
+    return half->kind == ATTENTION ? a->heads / a->kv_heads * padded(a->past) : 0;
+}
+
+static void lay_out(struct shared *shared, int threads) {
+    const struct half *half = shared->half;
+    const struct tokens *tokens = &shared->tokens;
+    const long width = first_width(half), count = tokens->batch * tokens->time;
+    const struct layer *layers = half->kind == ATTENTION ? half->attention.first : half->mlp.first;
+    const int matrices = half->kind == ATTENTION ? 3 : 2;
+    long at = 0;
+    for (int i = 0; i < matrices; at += layers[i].rows, i++)
+        shared->first[i] = matrix_of(layers + i, shared->projected + at, width, 0);
+    shared->products[FIRST] = product_of(shared->first, matrices, tokens->dim, count, threads);
+    const struct layer *last = half->kind == ATTENTION ? &half->attention.last : &half->mlp.last;
+    const int writes = writes_result(tokens, half->kind == ATTENTION ? &half->attention.post_norm : &half->mlp.post_norm);
+    shared->last[0] = matrix_of(last, writes ? tokens->out : shared->sum, tokens->dim, writes ? tokens->x : 0);
+    shared->products[LAST] = product_of(shared->last, 1, last->columns, count, threads);
+}
+
+/* The halves of decoder blocks, each x + [norm](f(norm(x))) of what the one before left; keys and values are appended to
+   the caches. Returns 0, or -1 where memory is short. */
+EXPORT int causallm_halves(const struct half *halves, int count, const struct tokens *tokens, int threads) {
+    const long rows = tokens->batch * tokens->time;
+    long first = 0, middle = 0, scores = 0;
+    for (int i = 0; i < count; i++) {
+        first = larger(first, first_width(halves + i));
+        middle = larger(middle, middle_width(halves + i));
+        scores = larger(scores, score_count(halves + i));
+    }
+    struct course course = {.count = count, .widest = larger(tokens->dim, middle)};
+    course.scratch_bytes = scratch_bytes(rows, course.widest, scores);
+    const long floats = rows * (first + middle + tokens->dim);
+    char *memory = malloc(count * sizeof(struct shared) + floats * sizeof(float) + threads * course.scratch_bytes);
+    if (!memory) return -1;
+    float *buffers = (float *)(memory + count * sizeof(struct shared));
+    course.halves = (struct shared *)memory;
+    course.scratch = (char *)(buffers + floats);
+    for (int i = 0; i < count; i++) {
+        struct shared *shared = course.halves + i;
+        *shared = (struct shared){.half = halves + i, .tokens = *tokens, .projected = buffers,
+                                  .mixed = buffers + rows * first, .sum = buffers + rows * (first + middle)};
+        if (i) shared->tokens.x = tokens->out;
+        lay_out(shared, threads);
+    }
+    run(take_course, &course, threads);
+    free(memory);
+    return 0;
+}

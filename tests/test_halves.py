@@ -1,0 +1,269 @@
+"""Halves of decoder blocks in one native call: what they give, and that they serve only while nothing has changed."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import save_random_model
+from families import SLIDING
+from test_kernels import LEVELS, needs_kernels
+from torch import Tensor, nn
+
+from causallm.loading import build_model
+from causallm.packing import choose_formats, pack_layers
+from causallm.weights.loader import load_weights
+from causallm.weights.open import open_weights
+from layers.kernels import halves, native
+from layers.linear import FullyConnected
+
+pytestmark = needs_kernels
+
+TOLERANCE = 2e-5
+"""Of fp32 logits, relative to the largest: the order of sums differs, and these models amplify it."""
+
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {"head_dim": 16, "attention_bias": True, "mlp_bias": True}),
+    "llama MQA": ("LlamaConfig", {"head_dim": 32, "num_key_value_heads": 1, "hidden_size": 96}),
+    "qwen2 sliding": ("Qwen2Config", {**SLIDING, "hidden_size": 64, "max_window_layers": 2}),
+    "qwen3": ("Qwen3Config", {"head_dim": 16, "num_hidden_layers": 2}),
+    "qwen3-moe": ("Qwen3MoeConfig", {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+                                     "head_dim": 16, "mlp_only_layers": [1]}),
+    "gemma3": ("Gemma3TextConfig", {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 20,
+                                    "attn_logit_softcapping": 2.0}),
+    "gpt-oss": ("GptOssConfig", {"head_dim": 16, "sliding_window": 8, "num_local_experts": 4,
+                                 "num_experts_per_tok": 2}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    root = tmp_path_factory.mktemp("halves")
+
+    def folder(name: str) -> Path:
+        path = root / name.replace(" ", "_")
+        if not path.exists():
+            class_name, settings = SHAPES[name]
+            save_random_model(path, 5, class_name, intermediate_size=64, **settings)
+        return path
+
+    return folder
+
+
+def load(folder: Path, dtype: str = "float32", **nntr: Any) -> Any:
+    model = build_model(folder, None if nntr else dtype, **nntr)
+    reader = open_weights(folder, model)
+    pack_layers(model, choose_formats(model, reader.formats()))
+    load_weights(model, reader)
+    return model.eval()
+
+
+class Calls:
+    """How many halves the kernels did, and a switch that keeps them from serving."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.halves, self.allowed = 0, True
+        run, serves = native.run_halves, halves._serves
+        monkeypatch.setattr(native, "run_halves", lambda part, tokens: (self._count(part), run(part, tokens))[1])
+        monkeypatch.setattr(halves, "_serves", lambda x: self.allowed and serves(x))
+
+    def _count(self, part: Any) -> None:
+        self.halves += len(part)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    return Calls(monkeypatch)
+
+
+def steps(model: Any, sizes: tuple[int, ...], batch: int = 1, padding: Tensor | None = None, **cache: Any) -> Tensor:
+    """Logits of random tokens given in steps of these sizes."""
+    ids = torch.randint(0, 97, (batch, sum(sizes)), generator=torch.Generator().manual_seed(3))
+    caches = model.make_cache(batch, **cache)
+    with torch.inference_mode():
+        return torch.cat([model(part, caches, padding=padding) for part in ids.split(list(sizes), 1)], 1)
+
+
+def both(model: Any, calls: Calls, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """With the kernels, and by the modules alone."""
+    before = calls.halves
+    calls.allowed = True
+    fused = steps(model, *args, **kwargs)
+    assert calls.halves > before
+    calls.allowed = False
+    counted = calls.halves
+    alone = steps(model, *args, **kwargs)
+    assert calls.halves == counted
+    calls.allowed = True
+    return fused, alone
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", SHAPES)
+def test_halves_are_what_the_modules_do(name: str, level: int, folders: Any, calls: Calls) -> None:
+    native.choose(level)
+    model = load(folders(name))
+    sizes = (12, *(1,) * 14, 3, 8, 1)
+    fused, alone = both(model, calls, sizes)
+    native.choose(native.AVX512)
+    assert difference(fused, alone) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
+def test_packed_weights(name: str, kind: str, folders: Any, calls: Calls) -> None:
+    model = load(folders(name), fc_layer_dtype=kind, model_tensor_type=f"{kind}-FP32")
+    fused, alone = both(model, calls, (12, *(1,) * 6, 4))
+    # A value on the edge between two int8 codes may fall to either side.
+    assert difference(fused, alone) < 2e-2
+    assert (fused - alone).abs().median() < 1e-5 * alone.abs().max()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3"])
+def test_short_floats_come_nearer_to_fp32(name: str, dtype: str, folders: Any, calls: Calls) -> None:
+    exact = steps(load(folders(name)), (12, *(1,) * 20))
+    fused, alone = both(load(folders(name), dtype), calls, (12, *(1,) * 20))
+    assert (fused.float() - exact).square().mean() < 1.05 * (alone.float() - exact).square().mean()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen2 sliding"])
+def test_a_padded_batch_and_a_fixed_cache(name: str, folders: Any, calls: Calls) -> None:
+    model = load(folders(name))
+    padding = torch.tensor([0, 3, 5])
+    fused, alone = both(model, calls, (9, 1, 1, 2, *(1,) * 10), 3, padding)
+    real = torch.arange(fused.shape[1])[None] >= padding[:, None]
+    assert difference(fused[real], alone[real]) < TOLERANCE
+    fused, alone = both(model, calls, (9, *(1,) * 10), capacity=19)
+    assert difference(fused, alone) < TOLERANCE
+
+
+def test_threads_give_the_same_bits(folders: Any, calls: Calls) -> None:
+    model = load(folders("llama MQA"))
+    one = steps(model, (12, *(1,) * 5))
+    torch.set_num_threads(3)
+    try:
+        three = steps(model, (12, *(1,) * 5))
+    finally:
+        torch.set_num_threads(1)
+    # The prompt's products are torch's, which may part their sums otherwise.
+    assert calls.halves > 0
+    assert difference(three, one) < TOLERANCE
+
+
+def changed_weight(model: Any) -> None:
+    model.layers[0].mlp.up_proj.weight = nn.Parameter(model.layers[0].mlp.up_proj.weight * 2, requires_grad=False)
+
+
+def changed_in_place(model: Any) -> None:
+    with torch.no_grad():
+        model.layers[1].input_layernorm.weight.mul_(3)
+
+
+def changed_data(model: Any) -> None:
+    model.layers[1].self_attn.q_proj.weight.data = model.layers[1].self_attn.q_proj.weight.data.flip(0).contiguous()
+
+
+class Doubled(nn.Module):
+    """A linear layer with something around it, as an adapter is."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.inner(x)
+
+
+def changed_module(model: Any) -> None:
+    model.layers[0].self_attn.v_proj = Doubled(model.layers[0].self_attn.v_proj)
+
+
+def changed_norm(model: Any) -> None:
+    model.layers[0].post_attention_layernorm = copy.deepcopy(model.layers[1].input_layernorm)
+
+
+def changed_block(model: Any) -> None:
+    model.layers[0], model.layers[1] = model.layers[1], model.layers[0]
+
+
+def hooked(model: Any) -> None:
+    model.layers[1].mlp.down_proj.register_forward_hook(lambda module, args, output: output * 2)
+
+
+def hooked_block(model: Any) -> None:
+    model.layers[1].register_forward_pre_hook(lambda module, args: (args[0] * 2, *args[1:]))
+
+
+CHANGES = [
+    changed_weight,
+    changed_in_place,
+    changed_data,
+    changed_module,
+    changed_norm,
+    changed_block,
+    hooked,
+    hooked_block,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_is_noticed(change: Callable[[Any], None], folders: Any, calls: Calls) -> None:
+    model = load(folders("qwen3"))
+    sizes = (5, *(1,) * 4)
+    before = steps(model, sizes)
+    change(model)
+    fused = steps(model, sizes)
+    calls.allowed = False
+    alone = steps(model, sizes)
+    assert difference(fused, alone) < TOLERANCE
+    assert difference(before, alone) > 1e-3
+
+
+def test_gradients_are_not_lost(folders: Any, calls: Calls) -> None:
+    model = load(folders("qwen3"))
+    ids = torch.randint(0, 97, (1, 3))
+    steps(model, (3, 1))
+    weight = model.layers[0].mlp.up_proj.weight.requires_grad_(True)
+    gradients = []
+    for allowed in (True, False):
+        calls.allowed = allowed
+        weight.grad = None
+        model(ids, model.make_cache(1)).square().sum().backward()
+        gradients.append(weight.grad)
+    assert difference(*gradients) < TOLERANCE
+    assert gradients[0].abs().sum() > 0
+
+
+def test_copies_and_casts_are_models_of_their_own(folders: Any, calls: Calls) -> None:
+    model = load(folders("qwen3"))
+    before = steps(model, (5, 1))
+    twin = copy.deepcopy(model)
+    twin.layers[0].mlp.up_proj.weight.data.zero_()
+    assert difference(steps(twin, (5, 1)), before) > 1e-3
+    assert torch.equal(steps(model, (5, 1)), before)
+    model.double().float()
+    assert difference(steps(model, (5, 1)), before) < TOLERANCE
+
+
+def test_many_tokens_go_to_the_modules(folders: Any, calls: Calls) -> None:
+    steps(load(folders("qwen3")), (halves.FEW_TOKENS + 1,))
+    assert calls.halves == 0
+
+
+def test_a_subclassed_part_is_called(folders: Any, calls: Calls) -> None:
+    class Louder(FullyConnected):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    model = load(folders("qwen3"))
+    weight = model.layers[0].mlp.down_proj.weight
+    before = steps(model, (5, 1))
+    model.layers[0].mlp.down_proj = Louder.from_float(weight)
+    assert difference(steps(model, (5, 1)), before) > 1e-3
