@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from causallm.causal_lm import CausalLM
 from causallm.generation import DEFAULT_CHUNK, decode_one, prefill
 from causallm.memory_bandwidth import wait_for
+from causallm.packing import packed_tensors
 from layers.expert_store import ExpertStore
 from layers.kv_cache import KVCache
-from layers.packed import PackedEmbedding, PackedLinear
 
 States = list[dict[str, Tensor]]
 
@@ -137,19 +137,15 @@ def size_in_bytes(module: nn.Module) -> int:
 
 def count_parameters(model: nn.Module) -> int:
     """Numbers in all parameters, shared ones once; of a packed weight those that it stands for."""
-    beyond = sum(layer.shape.numel() - layer.weight.numel() for layer in _packed(model))
+    beyond = sum(packed.shape.numel() - packed.parameter.numel() for packed in packed_tensors(model).values())
     return sum(parameter.numel() for parameter in model.parameters()) + beyond
 
 
 def name_dtypes(model: nn.Module) -> str:
     """What the parameters are held in: "bfloat16", or several such as "Q4_0+bfloat16"."""
-    packed = {id(layer.weight): layer.kind for layer in _packed(model)}
+    packed = {id(packed.parameter): packed.kind for packed in packed_tensors(model).values()}
     floats = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if id(p) not in packed}
     return "+".join(sorted({*packed.values(), *floats}))
-
-
-def _packed(model: nn.Module) -> list[PackedLinear | PackedEmbedding]:
-    return [layer for layer in model.modules() if isinstance(layer, PackedLinear | PackedEmbedding)]
 
 
 def _fill(model: CausalLM, batch: int, depth: int) -> States:

@@ -34,7 +34,7 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, tool_use: str | None = None) -> None:
-        self.source = source
+        self.source, self.tool_use = source, tool_use
         self._plain = _compile(source)
         self._tool_use = None if tool_use is None else _compile(tool_use)
 

@@ -1,4 +1,4 @@
-"""Finding a model: a folder as it is, a hub id through huggingface_hub."""
+"""Finding a model: a folder or file as it is, a hub id through huggingface_hub."""
 
 import re
 from pathlib import Path
@@ -8,21 +8,29 @@ from causallm.config import read_json
 WANTED = ["*.json", "*.safetensors", "*.jinja"]
 UNWANTED = ["original/*", "metal/*", "onnx/*", "openvino/*", "consolidated*"]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+)/([\w./-]+\.gguf)")
 
 
 def resolve_model(name: str, revision: str | None = None) -> Path:
-    """The folder of a model: `name` itself, or the hub's files in huggingface_hub's cache where it is a hub id."""
+    """The folder or file of a model: `name` itself, or what the hub has in huggingface_hub's cache.
+
+    OWNER/NAME is a repository of the hub, OWNER/NAME/FILE.gguf a file in one, unless there is such a path here.
+    """
     if _is_hub_id(name):
         return fetch(name, None, revision)
+    file = HUB_FILE.fullmatch(name)
+    if file and not Path(name).exists() and not Path(name.partition("/")[0]).is_dir():
+        return fetch_file(file[1], file[2], revision)
     if revision is not None:
         raise ValueError(f"--revision is for hub ids of the form OWNER/NAME, got {name}")
     return Path(name)
 
 
 def _is_hub_id(name: str) -> bool:
-    """OWNER/NAME, unless that or OWNER is a folder here, in which case NAME is meant to be in it."""
+    """OWNER/NAME, unless that or OWNER is a folder here, in which case NAME is meant to be in it, or NAME a file's."""
     path = Path(name)
-    return HUB_ID.fullmatch(name) is not None and not path.is_dir() and not path.parent.is_dir()
+    named = HUB_ID.fullmatch(name) is not None and not name.endswith(".gguf")
+    return named and not path.is_dir() and not path.parent.is_dir()
 
 
 def download(name: str, folder: str | None = None, revision: str | None = None) -> Path:
@@ -52,11 +60,23 @@ def fetch(repo: str, folder: Path | None, revision: str | None = None) -> Path:
             )
         )
     except Exception as error:  # its HTTP client's own errors have no base in common with the hub's
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(
-            f"cannot fetch {repo} from the Hugging Face hub (there is no such folder either): {reason[:300]}"
-        ) from None
+        raise _unreachable(repo, error) from None
     if not (fetched / "config.json").is_file():
         # Offline, a folder that holds anything at all is taken for the whole repository.
         raise ValueError(f"{fetched} has no config.json: the hub cannot be reached, or {repo} is no model for this")
     return fetched
+
+
+def fetch_file(repo: str, file: str, revision: str | None = None) -> Path:
+    """Fetch one file of a hub repository; ValueError as `fetch`."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repo, file, revision=revision))
+    except Exception as error:  # as in fetch
+        raise _unreachable(f"{repo}/{file}", error) from None
+
+
+def _unreachable(name: str, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return ValueError(f"cannot fetch {name} from the Hugging Face hub (there is no such folder either): {reason[:300]}")

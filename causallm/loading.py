@@ -1,4 +1,4 @@
-"""From a model folder to a model that is ready to run."""
+"""From a model folder or a GGUF file to a model that is ready to run."""
 
 from dataclasses import replace
 from itertools import count
@@ -8,16 +8,17 @@ from typing import Any
 import torch
 
 import causallm.models  # noqa: F401  registers the families
-from causallm.config import GenerationConfig, ModelConfig, RuntimeConfig, read_json
+from causallm.config import GenerationConfig, ModelConfig, RuntimeConfig
 from causallm.config.fields import DTYPES
-from causallm.config.pooling import read_pooling
 from causallm.factory import Factory
+from causallm.folder_source import FolderSource
 from causallm.generation import Progress
+from causallm.gguf.source import GgufSource, is_gguf
+from causallm.model_source import ModelSource
 from causallm.packing import choose_formats, pack_layers
 from causallm.tokenizer import Tokenizer
 from causallm.transformer import Transformer
 from causallm.weights.loader import load_weights
-from causallm.weights.open import open_weights
 
 
 def load_model(
@@ -27,16 +28,16 @@ def load_model(
     progress: Progress | None = None,
     **nntr_overrides: Any,
 ) -> Any:
-    """Load a model folder: JSON files, Factory, construction on meta, weights, tokenizer; ready to run.
+    """Load a model folder or a GGUF file: configuration, Factory, construction on meta, weights, tokenizer.
 
     dtype: "float32", "bfloat16", "float16" (or a torch dtype) for everything; None keeps what the files say.
     nntr_overrides: keys of nntr_config.json that replace the file's. progress is called after each tensor.
     FileNotFoundError or ValueError name what is missing or wrong.
     """
-    folder = Path(folder)
-    model = build_model(folder, dtype, **nntr_overrides)
-    model.tokenizer = Tokenizer.from_folder(folder, model.runtime_config.tokenizer_file)
-    weights = open_weights(folder, model)
+    source = find_source(Path(folder))
+    model = build_model(source, dtype, **nntr_overrides)
+    model.tokenizer = source.tokenizer(model.runtime_config.tokenizer_file)
+    weights = source.weights(model)
     pack_layers(model, choose_formats(model, weights.formats()))
     total, done = len(list(model.parameters())), count(1)
     load_weights(model, weights, device, (lambda _: progress(next(done), total)) if progress else None)
@@ -44,46 +45,36 @@ def load_model(
     return model.eval()
 
 
-def build_model(folder: Path, dtype: str | torch.dtype | None = None, **nntr_overrides: Any) -> Transformer:
-    """The model of a folder on the meta device, without weights or tokenizer."""
-    content = read_config_json(folder)
-    runtime = read_runtime(folder, dtype, **nntr_overrides)
+def find_source(path: Path) -> ModelSource:
+    """What reads the model at `path`, a folder or a GGUF file."""
+    return GgufSource(path) if is_gguf(path) else FolderSource(path)
+
+
+def build_model(
+    source: Path | ModelSource, dtype: str | torch.dtype | None = None, **nntr_overrides: Any
+) -> Transformer:
+    """The model of a folder or GGUF file on the meta device, without weights or tokenizer."""
+    source = find_source(source) if isinstance(source, Path) else source
+    content = source.config_json()
+    runtime = read_runtime(source, dtype, **nntr_overrides)
     architecture = resolve_architecture(content, runtime)
     model_class = Factory.find(architecture)
-    config = ModelConfig.from_json(content, model_class.config_defaults, str(folder / "config.json"))
+    config = ModelConfig.from_json(content, model_class.config_defaults, source.label("config.json"))
     if runtime.model_type == "embedding":
-        config = replace(config, pooling=read_pooling(folder))
-    generation = folder / "generation_config.json"
-    generation_config = (
-        GenerationConfig.from_json(read_json(generation), str(generation))
-        if generation.is_file()
-        else GenerationConfig()
-    )
-    model = Factory.create(architecture, config, generation_config, runtime)
+        config = replace(config, pooling=source.pooling())
+    generation = GenerationConfig.from_json(source.generation_json(), source.label("generation_config.json"))
+    model = Factory.create(architecture, config, generation, runtime)
     with torch.device("meta"):
         model.initialize()
     return model
 
 
-def read_config_json(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder; the error for a missing one says how to fetch the model where it can be."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no model folder {folder}")
-    path = folder / "config.json"
-    if path.is_file():
-        return read_json(path)
-    hint = ""
-    if (folder / "nntr_config.json").is_file() and read_json(folder / "nntr_config.json").get("hf_repo"):
-        hint = f"; fetch the model with: python main.py download {folder}"
-    raise FileNotFoundError(f"{folder} has no config.json{hint}")
-
-
-def read_runtime(folder: Path, dtype: str | torch.dtype | None = None, **overrides: Any) -> RuntimeConfig:
-    """nntr_config.json of a folder, if any, with `overrides` of its keys and one dtype for everything."""
-    path = folder / "nntr_config.json"
-    content = read_json(path) if path.is_file() else {}
+def read_runtime(source: ModelSource, dtype: str | torch.dtype | None = None, **overrides: Any) -> RuntimeConfig:
+    """How the source says to run its model, with `overrides` of nntr_config.json's keys and one dtype for all."""
+    label = source.label("nntr_config.json")
     changes = ", ".join(f"{key}={value!r}" for key, value in overrides.items())
-    runtime = RuntimeConfig.from_json({**content, **overrides}, f"{path} with {changes}" if changes else str(path))
+    content = {**source.runtime_json(), **overrides}
+    runtime = RuntimeConfig.from_json(content, f"{label} with {changes}" if changes else label)
     if dtype is None:
         return runtime
     if isinstance(dtype, str):
@@ -112,13 +103,14 @@ def resolve_architecture(content: dict[str, Any], runtime: RuntimeConfig) -> str
     return EMBEDDINGS.get(names[0], names[0]) if runtime.model_type == "embedding" else names[0]
 
 
-def resolve_generation(model: Transformer, tokenizer: Tokenizer) -> GenerationConfig:
+def resolve_generation(model: Transformer, tokenizer: Tokenizer | None) -> GenerationConfig:
     """generation_config.json completed from the other files: special tokens, lengths, bad words."""
     generation, config, runtime = model.generation_config, model.config, model.runtime_config
     ends = (*generation.eos_token_id, *config.eos_token_id)
-    if tokenizer.eos_id is not None:
-        ends += (tokenizer.eos_id,)
-    beginnings = (generation.bos_token_id, config.bos_token_id, tokenizer.bos_id)
+    beginnings = [generation.bos_token_id, config.bos_token_id]
+    if tokenizer is not None:
+        ends += () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+        beginnings.append(tokenizer.bos_id)
     return replace(
         generation,
         bos_token_id=next((token for token in beginnings if token is not None), None),

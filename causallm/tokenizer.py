@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
-from causallm.chat_template import load_chat_template
+from causallm.chat_template import ChatTemplate, load_chat_template
 from causallm.config.json_file import read_json
 from causallm.special_tokens import FIELDS, extra_tokens, named_tokens, read_tokenizer_config, tokens_to_add
 
@@ -30,11 +30,18 @@ class Tokenizer:
     `cleans_up` whether it moves punctuation to the word before it.
     """
 
-    def __init__(self, file: Path, folder: Path) -> None:
-        """Reads `file`, a tokenizer.json, and the optional companion files in `folder`; see `from_folder`."""
-        self._file, self._stamp = file, _stamp(file)
-        self._backend = backend = _read_backend(file)
-        config = read_tokenizer_config(folder)
+    def __init__(
+        self,
+        file: Path,
+        backend: Backend,
+        config: dict[str, Any],
+        chat_template: ChatTemplate | None,
+        content: Callable[[], dict[str, Any]],
+    ) -> None:
+        """Takes over `backend`, made from `file`; `config` is tokenizer_config.json's content, completed by the older
+        files, and `content` gives tokenizer.json's when it is asked for."""
+        self._file, self._stamp, self._content = file, _stamp(file), content
+        self._backend = backend
         if backend.padding is not None:
             config.setdefault("pad_token", backend.padding["pad_token"])
         backend.no_truncation()
@@ -59,7 +66,7 @@ class Tokenizer:
         self.cleans_up = bool(config.get("clean_up_tokenization_spaces")) and (
             not isinstance(backend.model, BPE) or bool(config.get(FORCED_CLEAN_UP))
         )
-        self.chat_template = load_chat_template(folder, config)
+        self.chat_template = chat_template
 
     @classmethod
     def from_folder(cls, folder: Path, tokenizer_file: str | None = None) -> "Tokenizer":
@@ -75,7 +82,10 @@ class Tokenizer:
         """
         file = _find_file(folder, tokenizer_file)
         elsewhere = not (folder / "tokenizer_config.json").is_file()
-        return cls(file, file.parent if elsewhere else folder)
+        companions = file.parent if elsewhere else folder
+        config = read_tokenizer_config(companions)
+        template = load_chat_template(companions, config)
+        return cls(file, _read_backend(file), config, template, lambda: read_json(file))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Returns the ids of `text`, with what tokenizer.json's post-processor adds unless told not to.
@@ -156,6 +166,17 @@ class Tokenizer:
         """Whether `text` is wrapped already: it holds a special token, or a mark that the template sets."""
         return any(mark in text for mark in self._turn_marks)
 
+    def backend_json(self) -> dict[str, Any]:
+        """Returns tokenizer.json's content as the library writes it, added tokens and all."""
+        content: dict[str, Any] = json.loads(self._backend.to_str())
+        return content
+
+    @property
+    def adds(self) -> tuple[bool, bool]:
+        """Whether a prompt gets a BOS before and an EOS after it."""
+        ids = self.encode_prompt("x")
+        return self.bos_id is not None and ids[:1] == [self.bos_id], ids[-1:] == [self.eos_id] and ids != [self.eos_id]
+
     def fingerprint(self) -> str:
         """Returns a sha256 in hex of all that decides ids: tokenizer.json's content and the special tokens.
 
@@ -171,7 +192,7 @@ class Tokenizer:
 
     @cached_property
     def _fingerprint(self) -> str:
-        content = read_json(self._file)
+        content = self._content()
         content["truncation"] = content["padding"] = None
         added = [[index, *(getattr(token, field) for field in FIELDS)] for index, token in sorted(self._added.items())]
         rules = [self._add_bos, self._add_eos, self._backend.encode_special_tokens, self.cleans_up]

@@ -42,10 +42,16 @@ class GptOssExperts(nn.Module):
 
     def _expert(self, expert_id: int, x: Float[Tensor, "tokens dim"]) -> Float[Tensor, "tokens dim"]:
         """Gate and up stand in alternating columns."""
-        x = x.to(self.gate_up_proj.dtype)
-        gate_up = torch.addmm(self.gate_up_proj_bias[expert_id], x, self.gate_up_proj[expert_id])
+        gate_up = self.project("gate_up_proj", expert_id, x)
         hidden = self.activation(gate_up[:, ::2], gate_up[:, 1::2])
-        return torch.addmm(self.down_proj_bias[expert_id], hidden, self.down_proj[expert_id])
+        return self.project("down_proj", expert_id, hidden)
+
+    def project(
+        self, name: str, expert_id: int, x: Float[Tensor, "tokens in_features"]
+    ) -> Float[Tensor, "tokens out_features"]:
+        """One expert's product with the tensor `name` and its bias."""
+        weight, bias = getattr(self, name), getattr(self, f"{name}_bias")
+        return torch.addmm(bias[expert_id], x.to(weight.dtype), weight[expert_id])
 
 
 class GptOssMoe(nn.Module):

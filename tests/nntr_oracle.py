@@ -21,6 +21,12 @@ FORMATS = {
 
 def expected_bin(folder: Path, kind: str = "FP32", head: bool = True) -> bytes:
     """The file for the fp32 checkpoint in `folder`; without `head`, no lm_head."""
+    values = expected_values(folder, head)
+    return b"".join(np.ascontiguousarray(value).astype(FORMATS[kind][what]).tobytes() for what, value in values)
+
+
+def expected_values(folder: Path, head: bool = True) -> list[Value]:
+    """All runs of values in order."""
     config = json.loads((folder / "config.json").read_text())
     state = load_file(folder / "model.safetensors")
     state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
@@ -32,7 +38,38 @@ def expected_bin(folder: Path, kind: str = "FP32", head: bool = True) -> bytes:
     values.append(("vector", state["model.norm.weight"] + np.float32(one)))
     if head:
         values.append(("matrix", state["lm_head.weight"].T))
-    return b"".join(np.ascontiguousarray(value).astype(FORMATS[kind][what]).tobytes() for what, value in values)
+    return values
+
+
+def expected_packed_bin(folder: Path, embedding: str, head: bool) -> bytes:
+    """The Q4_0 file for x86; the embedding in plain rows of "Q4_0" or in "FP32". A head is there where it is untied."""
+    (_, table), *values = expected_values(folder, head)
+    start = q4_0(table).tobytes() if embedding == "Q4_0" else table.astype("<f4").tobytes()
+    return start + b"".join(
+        q4_0x8(q4_0(value.T)) if what == "matrix" else np.ascontiguousarray(value).astype("<f4").tobytes()
+        for what, value in values
+    )
+
+
+def q4_0(rows: Any) -> Any:
+    """Plain ggml rows (out, bytes) as the gguf package packs them."""
+    import gguf
+
+    return gguf.quants.quantize(np.ascontiguousarray(rows, dtype=np.float32), gguf.GGMLQuantizationType.Q4_0)
+
+
+def q4_0x8(plain: Any) -> bytes:
+    """Eight rows interleaved, one byte after the other."""
+    out = bytearray()
+    for group in range(0, len(plain), 8):
+        for block in range(0, plain.shape[1], 18):
+            for row in range(group, group + 8):
+                out += bytes(plain[row, block : block + 2])
+            for start in (block + 2, block + 10):
+                for row in range(group, group + 8):
+                    for place in range(start, start + 8):
+                        out.append(int(plain[row, place]) ^ 0x88)
+    return bytes(out)
 
 
 def linear(state: dict[str, Any], name: str) -> Iterator[Value]:

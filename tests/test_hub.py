@@ -66,6 +66,32 @@ def test_a_hub_id_is_fetched_with_its_revision(tmp_path: Path, calls: Calls) -> 
     ]
 
 
+def test_a_gguf_file_of_a_repository_is_fetched_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[Any, ...]] = []
+
+    def hf_hub_download(repo_id: str, filename: str, revision: str | None = None) -> str:
+        made.append((repo_id, filename, revision))
+        return str(tmp_path / "cache" / filename)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    monkeypatch.chdir(tmp_path)
+    assert resolve_model("owner/name/a.Q4_0.gguf", "v1") == tmp_path / "cache" / "a.Q4_0.gguf"
+    (tmp_path / "here").mkdir()
+    for name in ("here/models/a.gguf", "owner/a.gguf", "a.gguf", "./owner/name/a.gguf"):
+        assert resolve_model(name) == Path(name)
+    assert made == [("owner/name", "a.Q4_0.gguf", "v1")]
+
+
+def test_a_gguf_file_that_cannot_be_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hf_hub_download(*_: Any, **__: Any) -> str:
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"cannot fetch owner/name/a.gguf from the Hugging Face hub.*no network"):
+        resolve_model("owner/name/a.gguf")
+
+
 def test_only_what_a_model_needs_is_fetched(calls: Calls) -> None:
     resolve_model("owner/name")
     wanted = [

@@ -16,12 +16,13 @@ from causallm.loading import build_model
 from causallm.packing import choose_formats, pack_layers, packed_tensors
 from causallm.weights.loader import assign, load_weights
 from causallm.weights.open import open_weights
-from causallm.weights.quantize import FILE, quantize
+from causallm.weights.quantize import FILES, quantize
 from causallm.weights.safetensors_reader import SafetensorsReader
 from layers.kernels.block_formats import BLOCK_FORMATS
 from layers.kernels.packed_product import expanded
 from layers.packed import PackedEmbedding, PackedLinear
 
+FILE = FILES["safetensors"]
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
@@ -66,7 +67,9 @@ def test_every_family_is_packed_and_read_back(
     for name, layer in packed.items():
         assign(floats, name, layer.dequantize())
     # Without the rounding of activations, which random models blow up, the same numbers.
-    monkeypatch.setattr("layers.packed.packed_product", lambda x, weight, kind: x @ expanded(weight, kind).T)
+    for module in ("packed", "packed_experts"):
+        target = f"layers.{module}.packed_product"
+        monkeypatch.setattr(target, lambda x, weight, kind: x @ expanded(weight, kind).T)
     ids = prompt()
     assert relative_error(model(ids), floats(ids)) < 5e-5
 
@@ -144,12 +147,12 @@ def test_mistakes_are_one_line_and_leave_nothing(source: Path, tmp_path: Path, c
     assert [path.name for path in tmp_path.iterdir()] == ["packed"]
 
 
-def test_a_failure_while_writing_leaves_nothing(source: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_disk_that_is_full_at_once_leaves_nothing(source: Path, tmp_path: Path, monkeypatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("causallm.weights.quantize.write_safetensors", full)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr("causallm.weights.quantize.write_tensor", full)
+    with pytest.raises(OSError, match=r"cannot write .*packed: No space left on device$"):
         quantize(source, tmp_path / "packed", "Q8_0")
     assert not list(tmp_path.iterdir())
 

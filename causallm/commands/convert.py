@@ -1,4 +1,4 @@
-"""Convert weights between Hugging Face, this project's converted file and NNTrainer's .bin."""
+"""Convert weights between Hugging Face, GGUF, this project's converted file and NNTrainer's .bin."""
 
 import argparse
 import re
@@ -16,16 +16,19 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**2
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `convert`."""
-    parser.add_argument("model", metavar="MODEL", help="a model folder, a weight file in one, or a hub id")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a model folder, a weight file in one, a .gguf file, or a hub id"
+    )
     parser.add_argument(
         "-o", "--output", metavar="OUT", required=True,
-        help="x.safetensors: this project's converted file; x.bin: NNTrainer's; else a new Hugging Face folder",
+        help="x.gguf: llama.cpp's file, with tokenizer and chat template; x.safetensors: this project's converted "
+        "file; x.bin: NNTrainer's; else a new Hugging Face folder",
     )  # fmt: skip
     parser.add_argument("--to", choices=TARGETS, help="the format, where OUT's suffix does not say it")
     parser.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"),
-        help="of the weights written (default: as they are; float32 for a .bin, where float16 leaves norms, biases "
-        "and routers in float32)",
+        help="of the weights written (default: as they are, and bfloat16 for packed ones that are expanded; float32 "
+        "for a .bin, where float16 leaves norms, biases and routers in float32)",
     )  # fmt: skip
     parser.add_argument(
         "--max-shard-size", default=f"{MAX_SHARD_BYTES // 10**9}GB", metavar="SIZE",

@@ -5,7 +5,9 @@ import json
 from typing import Any
 
 from causallm.blocks import SandwichBlock
-from causallm.commands.model_arguments import add_model_arguments, build_from_arguments
+from causallm.commands.model_arguments import add_model_arguments, prepare
+from causallm.loading import build_model, find_source
+from causallm.packing import choose_formats, pack_layers, packed_tensors
 from causallm.transformer import Transformer
 from causallm.weights.names import nntrainer_name
 
@@ -20,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Print the table."""
-    model = build_from_arguments(args)
+    model = _packed_model(args)
     rows, cache = weight_rows(model), cache_sizes(model)
     summary = {
         "architecture": model.config.architecture,
@@ -45,20 +47,30 @@ def execute(args: argparse.Namespace) -> int:
     return 0
 
 
+def _packed_model(args: argparse.Namespace) -> Transformer:
+    """The model on meta, with packed layers where its weights are or would be packed; it may have no weights."""
+    path, overrides = prepare(args)
+    source = find_source(path)
+    model = build_model(source, args.dtype, **overrides)
+    try:
+        stored = source.weights(model).formats()
+    except FileNotFoundError:
+        stored = {}
+    pack_layers(model, choose_formats(model, stored))
+    return model
+
+
 def weight_rows(model: Transformer) -> list[dict[str, Any]]:
-    """One row per weight, in the order of the model."""
+    """One row per weight, in the order of the model; a packed one's shape is that of the numbers it stands for."""
     sandwich = any(isinstance(block, SandwichBlock) for block in model.layers)
-    return [
-        {
-            "nntrainer": nntrainer_name(name, sandwich),
-            "name": name,
-            "shape": list(parameter.shape),
-            "dtype": str(parameter.dtype).removeprefix("torch."),
-            "parameters": parameter.numel(),
-            "bytes": parameter.nbytes,
-        }
-        for name, parameter in model.named_parameters()
-    ]
+    packed = packed_tensors(model)
+    rows = []
+    for name, parameter in model.named_parameters():
+        shape = packed[name].shape if name in packed else parameter.shape
+        dtype = packed[name].kind if name in packed else str(parameter.dtype).removeprefix("torch.")
+        row = {"nntrainer": nntrainer_name(name, sandwich), "name": name, "shape": list(shape), "dtype": dtype}
+        rows.append({**row, "parameters": shape.numel(), "bytes": parameter.nbytes})
+    return rows
 
 
 def cache_sizes(model: Transformer) -> dict[str, int]:

@@ -10,14 +10,16 @@ from tqdm import tqdm
 
 from causallm.generation import Progress
 from causallm.hub import resolve_model
-from causallm.loading import build_model, load_model
+from causallm.loading import load_model
 from causallm.plugin import load_plugin
 from causallm.report import Report
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL and what changes how it is built; enough to build it without weights."""
-    parser.add_argument("model", metavar="MODEL", help="a model folder, or a hub id such as Qwen/Qwen3-0.6B")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a model folder, a .gguf file, or a hub id such as Qwen/Qwen3-0.6B"
+    )
     group = parser.add_argument_group("model")
     group.add_argument("--revision", help="branch, tag or commit of a hub id")
     group.add_argument("--dtype", help="float32, bfloat16 or float16 for weights, activations and cache")
@@ -77,14 +79,8 @@ def moving(bar: tqdm) -> Progress:
     return move
 
 
-def build_from_arguments(args: argparse.Namespace) -> Any:
-    """The model that the arguments name, on meta: structure without weights."""
-    folder, overrides = prepare(args)
-    return build_model(folder, args.dtype, **overrides)
-
-
 def prepare(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """Load plug-ins; returns the model's folder and the overrides of nntr_config.json."""
+    """Load plug-ins; returns the model's folder or file and the overrides of nntr_config.json."""
     load_plugins(args)
     overrides = key_values("--set", args.overrides)
     if args.max_length is not None:

@@ -1,6 +1,7 @@
 """Pack a model's weights in block formats (Q4_0, Q4_K, Q6_K, Q8_0): smaller, and faster on a CPU."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from tqdm import tqdm
@@ -11,7 +12,7 @@ from causallm.loading import load_model
 from causallm.perplexity import perplexity
 from causallm.weights.convert import Written
 from causallm.weights.fidelity import divergence, tensor_errors
-from causallm.weights.quantize import TYPES, quantize
+from causallm.weights.quantize import FILES, TYPES, quantize
 
 WORST = 5
 VERIFY_WINDOW = 512
@@ -27,6 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--embd_dtype", metavar="TYPE", help="of the embedding (default: as the linear layers)")
     parser.add_argument("--lmhead_dtype", metavar="TYPE", help="of the head (default: as the embedding)")
+    parser.add_argument(
+        "--output_format", default="safetensors", choices=FILES,
+        help="bin: NNTrainer's file for x86 (Q4_0, its embedding also Q6_K); default: this project's %(default)s",
+    )  # fmt: skip
     parser.add_argument("--verify", action="store_true", help="print what packing changed, weight by weight")
     parser.add_argument("--text", metavar="FILE", help="with --verify: perplexity and KL divergence on this text")
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
@@ -46,7 +51,16 @@ def execute(args: argparse.Namespace) -> int:
             bar.total = step.total
             bar.update(step.nbytes)
 
-        formats = quantize(source, output, args.fc_dtype, args.embd_dtype, args.lmhead_dtype, advance)
+        formats = quantize(
+            source,
+            output,
+            args.fc_dtype,
+            args.embd_dtype,
+            args.lmhead_dtype,
+            advance,
+            args.output_format,
+            notice=lambda line: print(line, file=sys.stderr),
+        )
     kinds = list(formats.values())
     counts = ", ".join(f"{kinds.count(kind)} in {kind}" for kind in dict.fromkeys(kinds)) or "none"
     print(f"{output}: {counts} of {len(kinds)} packed weights")

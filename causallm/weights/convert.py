@@ -8,21 +8,28 @@ from pathlib import Path
 
 import torch
 
-from causallm.loading import build_model
+from causallm.gguf.source import is_gguf
+from causallm.gguf.write_config import written_family
+from causallm.gguf.writer import plan, write_gguf
+from causallm.loading import build_model, find_source, resolve_generation
+from causallm.model_source import ModelSource
+from causallm.packing import pack_layers
 from causallm.tokenizer import Tokenizer
 from causallm.transformer import Transformer
 from causallm.weights.converted import converted_metadata
-from causallm.weights.huggingface import write_huggingface
+from causallm.weights.expanded import ExpandedReader
+from causallm.weights.huggingface import write_config, write_weights
 from causallm.weights.loader import check_weights
 from causallm.weights.nntr_bin import write_nntr
 from causallm.weights.nntr_layout import FP16, FP32, file_size, has_spare_head, layout
-from causallm.weights.open import open_weights
 from causallm.weights.reader import WeightReader
 from causallm.weights.safetensors_writer import write_safetensors
 from causallm.weights.tensor_bytes import Advance
 
-TARGETS = ("safetensors", "nntrainer", "huggingface")
-SUFFIXES = {".safetensors": "safetensors", ".bin": "nntrainer"}
+TARGETS = ("safetensors", "nntrainer", "huggingface", "gguf")
+SUFFIXES = {".safetensors": "safetensors", ".bin": "nntrainer", ".gguf": "gguf"}
+EXPANDED = torch.bfloat16
+"""What packed weights become where they must become floats and nothing says which."""
 NNTR_STORAGES = {None: FP32, torch.float32: FP32, torch.float16: FP16}
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -46,25 +53,49 @@ def convert(
 ) -> None:
     """Write the weights of `source` to `output`, which appears only when it is whole.
 
-    source: a model folder, or one weight file in it. target: one of `TARGETS`; None goes by the suffix of `output`:
-    `.safetensors` the project's converted file, `.bin` NNTrainer's, else a new Hugging Face folder. dtype: of all
-    weights; None keeps what they are, and means float32 for a `.bin`, which knows float32 and float16 only (norms,
-    biases and routers stay float32 there). All names, shapes and sizes are checked before anything is written;
-    FileNotFoundError, ValueError and OSError say in one line what is wrong.
+    source: a model folder, one weight file in it, or a GGUF file. target: one of `TARGETS`; None goes by the suffix of
+    `output`: `.safetensors` the project's converted file, `.bin` NNTrainer's, `.gguf` llama.cpp's, else a new Hugging
+    Face folder. dtype: of all weights; None keeps what they are, and means float32 for a `.bin`, which knows float32
+    and float16 only (norms, biases and routers stay float32 there). Packed weights stay packed in a `.gguf`; elsewhere
+    they are expanded, to bfloat16 unless `dtype` says otherwise. All names, shapes and sizes are checked before
+    anything is written; FileNotFoundError, ValueError and OSError say in one line what is wrong.
     """
     target = target or SUFFIXES.get(output.suffix, "huggingface")
     if target not in TARGETS:
         raise ValueError(f"unknown target '{target}', expected one of {', '.join(TARGETS)}")
-    folder, named = (source.parent, {"model_file_name": source.name}) if source.is_file() else (source, {})
-    model = build_model(folder, None, **named)
-    reader = open_weights(folder, model)
+    one_file = source.is_file() and not is_gguf(source)
+    place, named = (source.parent, {"model_file_name": source.name}) if one_file else (source, {})
+    found = find_source(place)
+    model = build_model(found, None, **named)
+    reader = found.weights(model)
+    if target == "gguf":
+        pack_layers(model, reader.formats())
+    elif reader.formats():
+        reader = ExpandedReader(reader, dtype or (torch.float32 if target == "nntrainer" else EXPANDED))
     check_weights(model, reader)
     if target == "nntrainer":
         _to_nntrainer(model, reader, output, dtype, progress)
+    elif target == "gguf":
+        _to_gguf(model, reader, found, output, dtype, progress)
     elif target == "safetensors":
-        _to_converted(model, reader, folder, output, dtype, progress)
+        _to_converted(model, reader, found, output, dtype or found.written_dtype(), progress)
     else:
-        _to_huggingface(model, reader, folder, output, dtype, max_shard_bytes, progress)
+        _to_huggingface(model, reader, found, output, dtype or found.written_dtype(), max_shard_bytes, progress)
+
+
+def _to_gguf(
+    model: Transformer,
+    reader: WeightReader,
+    source: ModelSource,
+    output: Path,
+    dtype: torch.dtype | None,
+    progress: Callable[[Written], None] | None,
+) -> None:
+    tokenizer = _tokenizer(source, model)
+    ends = resolve_generation(model, tokenizer).eos_token_id
+    total = sum(entry.nbytes for entry in plan(model, written_family(model), reader, dtype))
+    name = source.path.resolve().stem if source.path.is_file() else source.path.resolve().name
+    write_gguf(output, name, model, reader, tokenizer, ends, dtype, _advance(progress, total))
 
 
 def _to_nntrainer(
@@ -84,13 +115,15 @@ def _to_nntrainer(
 def _to_converted(
     model: Transformer,
     reader: WeightReader,
-    folder: Path,
+    source: ModelSource,
     output: Path,
     dtype: torch.dtype | None,
     progress: Callable[[Written], None] | None,
 ) -> None:
     tensors = _metas(model, reader, dtype)
-    metadata = converted_metadata(model.config.architecture, folder.resolve().name, tensors, _tokenizer(folder, model))
+    metadata = converted_metadata(
+        model.config.architecture, source.path.resolve().name, tensors, _tokenizer(source, model)
+    )
     advance = _advance(progress, sum(tensor.nbytes for tensor in tensors.values()))
     write_safetensors(output, tensors, reader.tensor, metadata, advance)
 
@@ -98,7 +131,7 @@ def _to_converted(
 def _to_huggingface(
     model: Transformer,
     reader: WeightReader,
-    folder: Path,
+    source: ModelSource,
     output: Path,
     dtype: torch.dtype | None,
     max_shard_bytes: int,
@@ -111,7 +144,9 @@ def _to_huggingface(
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir()
-        write_huggingface(temporary, folder, model.config, tensors, reader.tensor, max_shard_bytes, advance)
+        write_weights(temporary, model.config, tensors, reader.tensor, max_shard_bytes, advance)
+        source.write_companions(temporary)
+        write_config(temporary, source.config_json(), tensors)
         temporary.replace(output)
     except OSError as error:
         raise OSError(f"cannot write {output}: {error.strerror or error}") from error
@@ -128,8 +163,8 @@ def _advance(progress: Callable[[Written], None] | None, total: int) -> Advance 
     return progress and (lambda name, nbytes: progress(Written(name, nbytes, total)))
 
 
-def _tokenizer(folder: Path, model: Transformer) -> Tokenizer | None:
+def _tokenizer(source: ModelSource, model: Transformer) -> Tokenizer | None:
     try:
-        return Tokenizer.from_folder(folder, model.runtime_config.tokenizer_file)
+        return source.tokenizer(model.runtime_config.tokenizer_file)
     except FileNotFoundError:
         return None

@@ -1,14 +1,17 @@
 """What packing changed: each weight against its source, and the distributions of both models over a text."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from causallm.causal_lm import CausalLM
 from causallm.loading import build_model
 from causallm.weights.open import open_weights
+from causallm.weights.reader import WeightReader
 from layers.kernels.packed_product import expanded
 
 
@@ -31,16 +34,28 @@ class Divergence:
 
 
 def tensor_errors(source: Path, packed: Path) -> list[TensorError]:
-    """The change of every packed weight, one at a time."""
+    """The change of every packed weight, one matrix in memory at a time."""
     before, after = (open_weights(folder, build_model(folder)) for folder in (source, packed))
     errors = []
     for name, kind in after.formats().items():
-        weight = before.tensor(name).float()
-        change = expanded(after.tensor(name), kind) - weight
-        errors.append(TensorError(name, kind, float(change.norm() / weight.norm().clamp(min=1e-30))))
+        squares = [
+            (float((expanded(rows, kind) - weight).norm() ** 2), float(weight.norm() ** 2))
+            for weight, rows in _matrices(before, after, name)
+        ]
+        change, size = (math.fsum(column) for column in zip(*squares, strict=True))
+        errors.append(TensorError(name, kind, math.sqrt(change / max(size, 1e-60))))
         before.release(name)
         after.release(name)
     return errors
+
+
+def _matrices(before: WeightReader, after: WeightReader, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """A weight's fp32 rows and its packed ones; of fused experts, (experts, in, out) as floats, each one's."""
+    if after.meta(name).dim() == 2:
+        yield before.tensor(name).float(), after.tensor(name)
+        return
+    for expert in range(len(after.meta(name))):
+        yield before.part(name, (expert,)).float().t(), after.part(name, (expert,))
 
 
 @torch.inference_mode()

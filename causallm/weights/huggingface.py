@@ -28,7 +28,22 @@ def write_huggingface(
     max_shard_bytes: int,
     advance: Advance | None = None,
 ) -> None:
-    """Fill the empty folder `target` with weights under Hugging Face's names and the companion files of `source`.
+    """Fill the empty folder `target` with weights under Hugging Face's names and the companion files of `source`;
+    see `write_weights`."""
+    write_weights(target, config, tensors, read, max_shard_bytes, advance)
+    copy_companions(source, target)
+    write_config(target, read_json(source / "config.json"), tensors)
+
+
+def write_weights(
+    target: Path,
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    read: Callable[[str], Tensor],
+    max_shard_bytes: int,
+    advance: Advance | None = None,
+) -> None:
+    """Write safetensors under Hugging Face's names into the folder `target`.
 
     tensors: meta tensors by our names, in the order to write. The dense layers of an embedding model go to their own
     folders. `config.architecture` decides on the prefix: a bare body (...Model) has none.
@@ -48,8 +63,6 @@ def write_huggingface(
         own = {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
         (target / dense.folder).mkdir(parents=True)
         write_safetensors(target / dense.folder / SINGLE, own, _prefixed(read, start), METADATA, advance)
-    copy_companions(source, target)
-    _write_json(target / "config.json", _config_json(read_json(source / "config.json"), tensors))
 
 
 def _prefixed(read: Callable[[str], Tensor], prefix: str) -> Callable[[str], Tensor]:
@@ -99,12 +112,12 @@ def copy_companions(source: Path, target: Path) -> None:
                 shutil.copyfile(path, place / path.name)
 
 
-def _config_json(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """config.json with the dtype that the weights have now, and without the description of packed ones."""
+def write_config(target: Path, content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write config.json with the dtype that the weights have now, and without the description of packed ones."""
     changed = {key: value for key, value in content.items() if key not in ("quantization_config", "torch_dtype")}
     dtypes = [tensor.dtype for tensor in tensors.values() if tensor.dim() > 1]
     most = max(dict.fromkeys(dtypes), key=dtypes.count, default=torch.float32)
-    return {**changed, "dtype": str(most).removeprefix("torch.")}
+    _write_json(target / "config.json", {**changed, "dtype": str(most).removeprefix("torch.")})
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from causallm.causal_lm import CausalLM
-from causallm.packing import packed_tensors
+from causallm.packing import pack_weight, packed_tensors
 from causallm.transformer import Transformer
 from causallm.weights.names import module_name
 from causallm.weights.reader import WeightReader
-from layers.kernels.block_formats import BLOCK_FORMATS
 
 
 def load_weights(
@@ -30,7 +29,7 @@ def load_weights(
     packed = packed_tensors(model)
     for name, tensor in _matched(model, tensors):
         if name in packed and tensor.is_floating_point():
-            tensor = BLOCK_FORMATS[packed[name].kind].pack(tensor)
+            tensor = pack_weight(tensor, packed[name].kind)
         loaded = tensor.to(device=device, dtype=dtypes[name])
         assign(model, name, loaded)
         if isinstance(tensors, WeightReader) and loaded.data_ptr() != tensor.data_ptr():

@@ -1,13 +1,14 @@
 """NNTrainer's `.bin`: reading it mapped, writing it one tensor at a time; the order is `nntr_layout`'s."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from causallm.causal_lm import CausalLM
+from causallm.packing import packed_shape
 from causallm.transformer import Transformer
 from causallm.weights.atomic_file import atomic_file
 from causallm.weights.mapped_file import MappedFile
@@ -15,6 +16,7 @@ from causallm.weights.nntr_layout import (
     STORAGES,
     Entry,
     Storage,
+    Stored,
     configured_storage,
     count_dense,
     file_size,
@@ -22,8 +24,11 @@ from causallm.weights.nntr_layout import (
     is_sandwich,
     layout,
 )
+from causallm.weights.nntr_quantized import INTERLEAVED, is_packed, packing_problem
+from causallm.weights.q4_0x8 import deinterleave, interleave
 from causallm.weights.reader import Index, WeightReader
 from causallm.weights.tensor_bytes import Advance, write_tensor
+from layers.kernels.block_formats import BLOCK_FORMATS
 
 SAID = "by nntr_config.json"
 
@@ -32,8 +37,9 @@ class NntrReader(WeightReader):
     """The tensors of a `.bin` for `model`, which gives order and shapes (it may be on the meta device).
 
     Linear weights are views of the mapping, (out, in) with the strides of (in, out); gpt-oss's fused experts and
-    norms stored as 1 + w (given as w in fp32) are computed. The dtypes are those of nntr_config.json if the file's
-    size fits them, else those of `STORAGES` that do; ValueError with all sizes where none or several do.
+    norms stored as 1 + w (given as w in fp32) are computed. Packed weights are plain ggml rows, a view where the file
+    has them so. The dtypes are those of nntr_config.json if the file's size fits them, else those of `STORAGES` that
+    do; ValueError with all sizes where none or several do.
     """
 
     def __init__(self, path: Path, model: Transformer):
@@ -50,41 +56,82 @@ class NntrReader(WeightReader):
     def names(self) -> Sequence[str]:
         return list(self._places)
 
+    def formats(self) -> Mapping[str, str]:
+        stored = {name: self._stored(name) for name in self._places}
+        return {name: kind for name, kind in stored.items() if isinstance(kind, str)}
+
     def meta(self, name: str) -> Tensor:
-        entry = self._places[name][0][0]
-        dtype = torch.float32 if entry.offset else self._dtypes[entry.kind]
-        return torch.empty(self._shapes[name], dtype=dtype, device="meta")
+        stored, shape = self._stored(name), self._shapes[name]
+        if isinstance(stored, str):
+            return torch.empty(packed_shape(shape, stored), dtype=torch.uint8, device="meta")
+        dtype = torch.float32 if self._places[name][0][0].offset else stored
+        return torch.empty(shape, dtype=dtype, device="meta")
 
     def tensor(self, name: str) -> Tensor:
         places = self._places[name]
         if len(places) == 1:
             return self._read(*places[0])
         whole = torch.empty_like(self.meta(name), device="cpu")
-        for entry, position in places:
-            whole[entry.index] = self._read(entry, position)
+        for expert in range(len(whole)):
+            whole[expert] = self._expert(name, expert)
         return whole
 
     def part(self, name: str, index: Index) -> Tensor:
         for entry, position in self._places[name]:
-            if index and entry.index == index:
+            if index and self._index(entry) == index:
                 return self._read(entry, position)
+        if index and isinstance(index[0], int) and len(self._places[name]) > 1:
+            return self._expert(name, index[0])[index[1:]]
         return super().part(name, index)
+
+    def _expert(self, name: str, expert: int) -> Tensor:
+        """One of fused experts, put together from its entries."""
+        whole = torch.empty_like(self.meta(name)[0], device="cpu")
+        for entry, position in self._places[name]:
+            if entry.index[0] == expert:
+                whole[self._index(entry)[1:]] = self._read(entry, position)
+        return whole
+
+    def _index(self, entry: Entry) -> Index:
+        return entry.rows if isinstance(self._dtypes[entry.kind], str) else entry.index
 
     def release(self, name: str) -> None:
         for entry, position in self._places[name]:
-            self._file.release(position, math.prod(entry.shape) * self._dtypes[entry.kind].itemsize)
+            self._file.release(position, entry.nbytes(self._dtypes[entry.kind]))
+
+    def _stored(self, name: str) -> Stored:
+        return self._dtypes[self._places[name][0][0].kind]
 
     def _read(self, entry: Entry, position: int) -> Tensor:
+        stored = self._dtypes[entry.kind]
+        if isinstance(stored, str):
+            return self._read_packed(entry, position, stored)
         shape = entry.shape[::-1] if entry.transposed else entry.shape
-        stored = self._file.tensor(position, shape, self._dtypes[entry.kind])
+        values = self._file.tensor(position, shape, stored)
         if entry.offset:
-            return stored.float() - 1.0
-        return stored.t() if entry.transposed else stored
+            return values.float() - 1.0
+        return values.t() if entry.transposed else values
+
+    def _read_packed(self, entry: Entry, position: int, kind: str) -> Tensor:
+        rows = self._file.tensor(position, packed_shape(entry.matrix, kind), torch.uint8)
+        if entry.kind not in INTERLEAVED:
+            return rows
+        plain = deinterleave(rows)
+        self._file.release(position, rows.nbytes)
+        return plain
 
 
 def _identify(path: Path, size: int, model: Transformer) -> tuple[Sequence[Entry], Storage]:
     """Order and dtypes of a file of `size` bytes."""
-    said = configured_storage(model.runtime_config)
+    said, problem = configured_storage(model.runtime_config), None
+    if said and is_packed(said):
+        entries = layout(model, spare_head=False)
+        problem = packing_problem(entries, said)
+        if not problem and file_size(entries, said) == size:
+            return entries, said
+        if not problem:
+            problem = f"as nntr_config.json says it is {file_size(entries, said)} bytes"
+        said = None
     candidates = {SAID: said, **STORAGES} if said else STORAGES
     usual = layout(model, has_spare_head(model))
     if dtypes := _fitting(path, size, usual, candidates):
@@ -99,6 +146,7 @@ def _identify(path: Path, size: int, model: Transformer) -> tuple[Sequence[Entry
         return other, dtypes
     sizes = {file_size(usual, dtypes): name for name, dtypes in reversed(candidates.items())}
     needed = " or ".join(f"{needed} ({name})" for needed, name in sorted(sizes.items()))
+    needed += f", or packed: {problem}" if problem else ""
     raise ValueError(f"{path}: {size} bytes, but this model needs {needed}: it is cut off, or of another model")
 
 
@@ -134,15 +182,25 @@ def write_nntr(
     """
     with atomic_file(path) as file:
         for entry in layout(model, has_spare_head(model)):
-            # No name holds a tensor here: it would outlive the reading of the next one.
-            nbytes = write_tensor(
-                file, entry.name, _stored(entry, reader.part(entry.name, entry.index)), dtypes[entry.kind]
-            )
+            nbytes = write_entry(entry, reader, dtypes[entry.kind], file)
             if advance:
                 advance(entry.name, nbytes)
 
 
-def _stored(entry: Entry, tensor: Tensor) -> Tensor:
+def write_entry(entry: Entry, reader: WeightReader, stored: Stored, file: BinaryIO) -> int:
+    """Write one entry with the float values that `reader` has for it; returns the bytes written."""
+    # No name holds a tensor here: it would outlive the reading of the next one.
+    if isinstance(stored, str):
+        return write_tensor(file, entry.name, _packed(entry, reader.part(entry.name, entry.index), stored), torch.uint8)
+    return write_tensor(file, entry.name, _in_order(entry, reader.part(entry.name, entry.index)), stored)
+
+
+def _in_order(entry: Entry, tensor: Tensor) -> Tensor:
     if entry.offset:
         return tensor.float() + 1.0
     return tensor.t() if entry.transposed else tensor
+
+
+def _packed(entry: Entry, tensor: Tensor, kind: str) -> Tensor:
+    rows = BLOCK_FORMATS[kind].pack(tensor.t() if entry.index else tensor)
+    return interleave(rows) if entry.kind in INTERLEAVED else rows

@@ -24,10 +24,13 @@ from causallm.embedding_model import EmbeddingModel
 from causallm.transformer import Transformer
 from causallm.weights.names import weight_kind
 from causallm.weights.reader import Index
+from layers.kernels.block_formats import BLOCK_FORMATS
 from layers.rms_norm import OffsetRMSNorm
 
-Storage = Mapping[str, torch.dtype]
-"""The dtype of each kind of weight (`causallm.weights.names.weight_kind`)."""
+Stored = torch.dtype | str
+"""How values lie in the file: a float dtype, or the name of a block format."""
+Storage = Mapping[str, Stored]
+"""That of each kind of weight (`causallm.weights.names.weight_kind`)."""
 
 BLOCK = (
     "input_layernorm",
@@ -84,6 +87,22 @@ class Entry:
     def count(self) -> int:
         """Number of values."""
         return math.prod(self.shape)
+
+    @property
+    def matrix(self) -> tuple[int, ...]:
+        """Rows and columns to be packed: outputs and inputs of a linear weight, vocabulary and dim of a table."""
+        return self.shape[::-1] if self.index else self.shape
+
+    @property
+    def rows(self) -> Index:
+        """The part of the packed tensor, (experts, out, row_bytes) where `index` is of (experts, in, out)."""
+        return self.index[:1] + self.index[2:]
+
+    def nbytes(self, stored: Stored) -> int:
+        """Bytes in the file."""
+        if isinstance(stored, torch.dtype):
+            return self.count * stored.itemsize
+        return self.matrix[0] * BLOCK_FORMATS[stored].row_bytes(self.matrix[1])
 
 
 def has_spare_head(model: Transformer) -> bool:
@@ -155,13 +174,13 @@ def _fused_experts(stem: str, shapes: Mapping[str, tuple[int, ...]]) -> Iterator
 
 
 def storage(
-    matrix: torch.dtype,
-    vector: torch.dtype,
-    router: torch.dtype = torch.float32,
-    embedding: torch.dtype | None = None,
-    lm_head: torch.dtype | None = None,
+    matrix: Stored,
+    vector: Stored,
+    router: Stored = torch.float32,
+    embedding: Stored | None = None,
+    lm_head: Stored | None = None,
 ) -> Storage:
-    """The dtypes of a file by what decides them in NNTrainer.
+    """The storage of a file by what decides them in NNTrainer.
 
     matrix: model_tensor_type's first half; vector (norms, biases, sinks): its second half, the activations' dtype;
     the router is always FP32 in the application; embedding_dtype and lmhead_dtype decide theirs.
@@ -175,6 +194,9 @@ def storage(
         "router": router,
     }
 
+
+FLOATS = {torch.float32: "FP32", torch.float16: "FP16"}
+"""The format's float dtypes."""
 
 FP32 = storage(torch.float32, torch.float32)
 FP16 = storage(torch.float16, torch.float32)
@@ -192,17 +214,18 @@ own Python converters write "FP16 throughout"."""
 
 def configured_storage(runtime: RuntimeConfig) -> Storage | None:
     """What nntr_config.json says of the file; None where it says nothing, or a dtype that the format has not."""
-    if runtime.fc_layer_dtype is None:
+    matrix = runtime.fc_format or runtime.fc_layer_dtype
+    if matrix is None:
         return None
     said = storage(
-        runtime.fc_layer_dtype,
+        matrix,
         runtime.dtype or torch.float32,
-        embedding=runtime.embedding_dtype,
-        lm_head=runtime.lmhead_dtype,
+        embedding=runtime.embedding_format or runtime.embedding_dtype,
+        lm_head=runtime.lmhead_format or runtime.lmhead_dtype,
     )
-    return said if set(said.values()) <= {torch.float32, torch.float16} else None
+    return said if {stored for stored in said.values() if not isinstance(stored, str)} <= set(FLOATS) else None
 
 
 def file_size(entries: Sequence[Entry], dtypes: Storage) -> int:
     """Bytes of a file."""
-    return sum(entry.count * dtypes[entry.kind].itemsize for entry in entries)
+    return sum(entry.nbytes(dtypes[entry.kind]) for entry in entries)

@@ -28,13 +28,18 @@ def write_safetensors(
     Wider dtypes come first, so that every tensor is aligned to its own; otherwise the order is kept. Values are
     cast to the dtype announced; see `cast` for the error. Nothing has the name `path` until it is whole.
     """
-    order = sorted(tensors, key=lambda name: -tensors[name].itemsize)
+    ordered = in_file_order(tensors)
     with atomic_file(path) as file:
-        file.write(header({name: tensors[name] for name in order}, metadata))
-        for name in order:
-            nbytes = write_tensor(file, name, read(name), tensors[name].dtype)
+        file.write(header(ordered, metadata))
+        for name, tensor in ordered.items():
+            nbytes = write_tensor(file, name, read(name), tensor.dtype)
             if advance:
                 advance(name, nbytes)
+
+
+def in_file_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Wider dtypes first, else the order given."""
+    return {name: tensors[name] for name in sorted(tensors, key=lambda name: -tensors[name].itemsize)}
 
 
 def header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
