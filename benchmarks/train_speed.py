@@ -78,7 +78,7 @@ def measure(system: str, precision: str, steps: int) -> float:
 
 def ours(config: dict, ids: torch.Tensor) -> tuple[torch.nn.Module, Callable[[], torch.Tensor]]:
     """Our model and its loss on windows of three documents each."""
-    from causallm.training.allocator import keep_freed_memory
+    from causallm.allocator import keep_freed_memory
     from causallm.training.loop import loss_sum
     from causallm.training.new_model import make_model
     from causallm.training.windows import Batch

@@ -13,7 +13,7 @@ from test_kernels import LEVELS, needs_kernels
 from torch import Tensor, nn
 
 from causallm.loading import build_model
-from causallm.packing import choose_formats, pack_layers
+from causallm.packing import choose_formats, pack_layers, packed_tensors
 from causallm.weights.loader import load_weights
 from causallm.weights.open import open_weights
 from layers.kernels import halves, native
@@ -119,10 +119,32 @@ def test_halves_are_what_the_modules_do(name: str, level: int, folders: Any, cal
 @pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
 def test_packed_weights(name: str, kind: str, folders: Any, calls: Calls) -> None:
     model = load(folders(name), fc_layer_dtype=kind, model_tensor_type=f"{kind}-FP32")
-    fused, alone = both(model, calls, (12, *(1,) * 6, 4))
+    fused, alone = both(model, calls, (4, *(1,) * 10, 4))
     # A value on the edge between two int8 codes may fall to either side.
     assert difference(fused, alone) < 2e-2
     assert (fused - alone).abs().median() < 1e-5 * alone.abs().max()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("kind", ["Q8_0", "bfloat16"])
+def test_prompts_are_no_further_from_fp32(name: str, kind: str, folders: Any, calls: Calls) -> None:
+    if kind == "bfloat16":
+        exact, model = load(folders(name)), load(folders(name), kind)
+    else:
+        model = load(folders(name), fc_layer_dtype=kind, model_tensor_type=f"{kind}-FP32")
+        exact = load(folders(name))
+        unpack(model, exact)
+    truth = steps(exact, (40, 1, 12))
+    fused, alone = both(model, calls, (40, 1, 12))
+    error, usual = ((found.float() - truth).square().mean() for found in (fused, alone))
+    # A bias is added in bf16 too.
+    assert error < 2.5 * usual
+
+
+def unpack(model: Any, floats: Any) -> None:
+    """Give a float model the values that a packed one has."""
+    for name, packed in packed_tensors(model).items():
+        floats.get_parameter(name).data.copy_(packed.dequantize())
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -43,14 +43,30 @@ def packed_weight(kind: str, rows: int, columns: int) -> Tensor:
 @pytest.mark.usefixtures("_level")
 @pytest.mark.parametrize("kind", BLOCK_FORMATS)
 @pytest.mark.parametrize("rows", [1, 3, 4, 37, 1030])
-@pytest.mark.parametrize("blocks", [1, 2, 5])
+@pytest.mark.parametrize("blocks", [1, 2, 4, 7])
 def test_packed_product_is_its_twin(kind: str, rows: int, blocks: int) -> None:
     columns = blocks * BLOCK_FORMATS[kind].values
     weight = packed_weight(kind, rows, columns)
-    for tokens in (1, 3):
+    for tokens in (1, 3, 9):
         x = torch.randn(tokens, columns)
         x[0, :32] = 0
         close(native.linear(x, weight, kind), packed_product_twin(x, weight, kind), 2e-6)
+
+
+@needs_kernels
+@pytest.mark.usefixtures("_level")
+@pytest.mark.parametrize("kind", BLOCK_FORMATS)
+@pytest.mark.parametrize("code", [0x00, 0x0F, 0x70, 0x7F, 0x80, 0xFF])
+def test_extreme_codes_and_activations_do_not_saturate(kind: str, code: int) -> None:
+    block = BLOCK_FORMATS[kind]
+    packed = torch.full((5, 7, block.nbytes), code, dtype=torch.uint8)
+    packed[..., block.halves] = torch.rand(5, 7, packed[..., block.halves].shape[-1] // 2).half().view(torch.uint8)
+    weight = packed.flatten(1)
+    # Rounded, these are 127 and -127 alone: all of one sign, then mixed.
+    x = torch.stack([torch.ones(7 * block.values), -torch.ones(7 * block.values), torch.randn(7 * block.values).sign()])
+    wide = block.unpack(weight).double()
+    expected, magnitude = rounded(x).double() @ wide.T, x.abs().double() @ wide.abs().T
+    assert ((native.linear(x, weight, kind) - expected).abs() <= 2e-6 * magnitude).all()
 
 
 @needs_kernels
@@ -193,3 +209,14 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 def test_a_float_weight_of_another_width_is_torchs_error() -> None:
     with torch.no_grad(), pytest.raises(RuntimeError, match="shape"):
         project(torch.randn(1, 32), torch.randn(4, 64))
+
+
+@pytest.mark.usefixtures("_level")
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("kind", BLOCK_FORMATS)
+def test_what_is_no_number_stays_none(kind: str, value: float) -> None:
+    x = torch.randn(2, 512)
+    x[1, 300] = value
+    product = packed_product(x, packed_weight(kind, 5, 512), kind)
+    assert product[0].isfinite().all()
+    assert not product[1].isfinite().any()

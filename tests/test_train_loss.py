@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from causallm.allocator import keep_freed_memory
 from causallm.training import loss
-from causallm.training.allocator import keep_freed_memory
 from causallm.training.loss import cross_entropy_sum
 from causallm.training.windows import IGNORED
 

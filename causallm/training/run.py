@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from causallm.allocator import keep_freed_memory
 from causallm.causal_lm import CausalLM
 from causallm.config import GenerationConfig
 from causallm.tokenizer import Tokenizer
-from causallm.training.allocator import keep_freed_memory
 from causallm.training.checkpoint import Checkpoints, last_step, saved_steps
 from causallm.training.hooks import add_dropout, involve_all_experts
 from causallm.training.loop import train

@@ -1,15 +1,30 @@
 /* Four rows of packed weights times one vector of int8, included by kernels.h once per kind of processor. */
 
-#if VNNI512
-
-static inline __m512 NAME(both)(float a, float b) {
-    return _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_set1_ps(a)), _mm256_set1_ps(b), 1);
-}
+#if F16C
 
 static inline __m256 NAME(half8)(const uint8_t *p) {
     short bits;
     memcpy(&bits, p, 2);
     return _mm256_cvtph_ps(_mm_set1_epi16(bits));
+}
+
+/* `unpack_scales` in registers. */
+static inline __m128i NAME(scales_q4_k)(const uint8_t *packed) {
+    uint32_t first, second, third;
+    memcpy(&first, packed, 4);
+    memcpy(&second, packed + 4, 4);
+    memcpy(&third, packed + 8, 4);
+    const uint32_t six = 0x3F3F3F3F, four = 0x0F0F0F0F, two = 0x03030303;
+    return _mm_set_epi32((int)((third >> 4 & four) | (second >> 6 & two) << 4), (int)(second & six),
+                         (int)((third & four) | (first >> 6 & two) << 4), (int)(first & six));
+}
+
+#endif
+
+#if VNNI512
+
+static inline __m512 NAME(both)(float a, float b) {
+    return _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_set1_ps(a)), _mm256_set1_ps(b), 1);
 }
 
 static inline __m512 NAME(halves)(const uint8_t *a, const uint8_t *b) {
@@ -107,17 +122,6 @@ static inline struct NAME(quad) NAME(quad_at)(const struct vector *x, long block
 QUAD_ROWS(q4_0, 18, 8)
 QUAD_ROWS(q8_0, 34, 0x80)
 
-/* `unpack_scales` in registers. */
-static inline __m128i NAME(scales_q4_k)(const uint8_t *packed) {
-    uint32_t first, second, third;
-    memcpy(&first, packed, 4);
-    memcpy(&second, packed + 4, 4);
-    memcpy(&third, packed + 8, 4);
-    const uint32_t six = 0x3F3F3F3F, four = 0x0F0F0F0F, two = 0x03030303;
-    return _mm_set_epi32((int)((third >> 4 & four) | (second >> 6 & two) << 4), (int)(second & six),
-                         (int)((third & four) | (first >> 6 & two) << 4), (int)(first & six));
-}
-
 static void NAME(rows_q4_k)(const uint8_t *const row[4], long columns, const struct vector *x, float *out) {
     const __m512i low = _mm512_set1_epi8(15), zero = _mm512_setzero_si512();
     __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
@@ -195,6 +199,10 @@ static void NAME(rows_q6_k)(const uint8_t *const row[4], long columns, const str
     for (int r = 0; r < 4; r++) out[r] = _mm512_reduce_add_ps(sums[r]);
 }
 
+#elif F16C
+#include "block_rows_avx2.h"
+#elif NEON_DOT
+#include "block_rows_neon.h"
 #else
 
 /* Any processor: block by block through integers, in loops that compilers turn into vectors. */

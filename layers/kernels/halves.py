@@ -1,9 +1,10 @@
-"""Halves of decoder blocks in one native call: norm, attention or MLP, and residual, for a few tokens on a CPU.
+"""Halves of decoder blocks by the native kernels: norm, attention or MLP, and residual, on a CPU.
 
 Between two products torch's operators and the calls to them cost as much as reading the weights does; here one call
-does many halves. It serves where every part is of a kind that the kernels know and nobody looks at what passes between
-the parts (no hooks, no gradient); everywhere else the modules are called one by one. Results differ in rounding:
-within a half values stay in fp32, whatever dtype the model has.
+does many halves for a few tokens, and for many tokens what lies between the products. It serves where every part is of
+a kind that the kernels know and nobody looks at what passes between the parts (no hooks, no gradient); everywhere else
+the modules are called one by one. Results differ in rounding: within a half values stay in fp32, whatever dtype the
+model has.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +26,11 @@ from layers.kernels.half_arguments import (
     UnknownPartError,
     half_arguments,
 )
+from layers.kernels.prompt_halves import complete, prompt_through_halves
 from layers.kv_cache import KVCache
+from layers.linear import FullyConnected
+from layers.packed import PackedLinear
+from layers.precision import multiplies_bf16_fast
 from layers.step import Step
 
 FEW_TOKENS = 8
@@ -48,6 +53,9 @@ class _Course:
         self._dtypes = list(map(DTYPE, self._held))
         floats = set(self._dtypes) - {torch.uint8}
         self._dtype = floats.pop() if len(floats) == 1 else None
+        # For many tokens the products are torch's, in bf16: right where the weights are, or are rounded more than that.
+        weights = {layer.weight.dtype for layer in modules if isinstance(layer, FullyConnected | PackedLinear)}
+        self.suits_prompts = weights <= {torch.bfloat16, torch.uint8} and multiplies_bf16_fast()
         try:
             self._arguments: Any = (HalfArguments * len(halves))(*map(half_arguments, halves)) if halves else None
         except UnknownPartError:
@@ -100,10 +108,12 @@ def run_halves(
     arguments = course.arguments(x.dtype)
     if arguments is None or any(cache.dtype not in CODES for cache in caches):
         return None
+    if x.shape[0] * x.shape[1] > FEW_TOKENS:
+        return prompt_through_halves(course.halves, arguments, x, step, caches) if course.suits_prompts else None
     alive, waiting = [x], iter(caches)
     for half, argument in zip(course.halves, arguments, strict=True):
         if half.kind == ATTENTION:
-            alive += _complete(argument.attention, half.body.core, step, next(waiting), x)
+            alive += complete(argument.attention, next(waiting), half.body.core, step, x)[0]
     out = torch.empty_like(x)
     tokens = Tokens(x.data_ptr(), out.data_ptr(), *x.shape, CODES[x.dtype])
     native.run_halves(arguments, tokens)
@@ -113,7 +123,6 @@ def run_halves(
 def _serves(x: Tensor) -> bool:
     return (
         x.is_cpu
-        and x.shape[0] * x.shape[1] <= FEW_TOKENS
         and x.dtype in CODES
         and x.is_contiguous()
         and not (x.requires_grad and torch.is_grad_enabled())
@@ -121,24 +130,3 @@ def _serves(x: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and native.library() is not None
     )
-
-
-def _complete(argument: Any, core: Any, step: Step, cache: KVCache, x: Tensor) -> list[Tensor]:
-    """Say where the cache, the rotary tables and the mask lie; returns the tensors that must outlive the call."""
-    room = cache.claim(x.shape[1])
-    keys, values = room.keys, room.values
-    argument.keys, argument.values = keys.data_ptr(), values.data_ptr()
-    argument.key_row, argument.key_head, argument.key_step, _ = keys.stride()
-    argument.value_row, argument.value_head, argument.value_step, _ = values.stride()
-    argument.cache_kind, argument.past, argument.slot = CODES[keys.dtype], room.past, room.slot
-    cosines, sines = step.rotary(core.rope)
-    if x.dtype != torch.float32:
-        cosines, sines = cosines.float(), sines.float()
-    argument.cosines, argument.sines = cosines.data_ptr(), sines.data_ptr()
-    argument.table_row = 0 if cosines.shape[0] == 1 else cosines.stride(0)
-    bias = step.mask(core.window, room.columns).bias
-    if bias is None:
-        return [keys, values, cosines, sines]
-    bias = bias.float().contiguous()
-    argument.bias, argument.bias_row = bias.data_ptr(), 0 if bias.shape[0] == 1 else bias.stride(0)
-    return [keys, values, cosines, sines, bias]

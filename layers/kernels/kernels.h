@@ -71,6 +71,8 @@ static void NAME(quantize)(const float *x, long columns, int8_t *q, float *scale
     for (long block = columns / 32; block < whole / 32; block++) scales[block] = sums[block] = 0;
     for (long block = 0; block < columns / 32; block++) {
         const V16 first = NAME(load_f32)(x + 32 * block), second = NAME(load_f32)(x + 32 * block + 16);
+        /* Zero, or not a number where a value is none: no rounding may hide that. */
+        const float poison = NAME(sum)(first * 0.0f + second * 0.0f);
         float largest = 0;
         for (int i = 0; i < 16; i++) {
             const float a = fabsf(first[i]), b = fabsf(second[i]);
@@ -78,15 +80,15 @@ static void NAME(quantize)(const float *x, long columns, int8_t *q, float *scale
             largest = largest > b ? largest : b;
         }
         const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
-        scales[block] = largest / 127.0f;
+        scales[block] = largest / 127.0f + poison;
         int32_t total = 0;
         for (int i = 0; i < 32; i++) {
             /* Adding 1.5 * 2^23 rounds to an integer as the processor rounds: half to even. */
             const float shifted = x[32 * block + i] * inverse + 12582912.0f;
-            int32_t bits;
+            uint32_t bits;
             memcpy(&bits, &shifted, 4);
-            total += bits - 0x4B400000;
-            q[32 * block + i] = (int8_t)(bits - 0x4B400000);
+            q[32 * block + i] = (int8_t)(bits - 0x4B400000u);
+            total += q[32 * block + i];
         }
         sums[block] = scales[block] * (float)total;
     }
@@ -153,3 +155,4 @@ static const struct processor NAME(processor) = {
 #undef NAME
 #undef VNNI512
 #undef F16C
+#undef NEON_DOT

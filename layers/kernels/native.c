@@ -20,6 +20,13 @@
 #define X86 0
 #endif
 
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#if defined(__linux__)
+#include <sys/auxv.h>
+#endif
+#endif
+
 #define EXPORT __attribute__((visibility("default")))
 
 enum kind { F32, BF16, F16, Q8_0, Q4_0, Q4_K, Q6_K, KINDS };
@@ -105,9 +112,39 @@ struct processor {
 #endif
 #endif
 
+#if defined(__aarch64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("dotprod"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("arch=armv8.2-a+dotprod")
+#endif
+#define LABEL "NEON dot product"
+#define NAME(name) name##_neon
+#define VNNI512 0
+#define F16C 0
+#define NEON_DOT 1
+#include "kernels.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+static int has_dot_product(void) {
+#if defined(__ARM_FEATURE_DOTPROD)
+    return 1;
+#elif defined(__linux__)
+    return (getauxval(AT_HWCAP) & (1 << 20)) != 0; /* HWCAP_ASIMDDP */
+#else
+    return 0;
+#endif
+}
+#endif
+
 static const struct processor *processor = &processor_plain;
 
-/* Choose the kernels: at most level 2 (AVX-512 VNNI), 1 (AVX2) or 0; returns the name of those chosen. */
+/* Choose the kernels: at most level 2 (AVX-512 VNNI), 1 (AVX2, NEON's dot product) or 0; returns the name of those chosen. */
 EXPORT const char *causallm_choose(int level) {
     processor = &processor_plain;
 #if X86
@@ -117,6 +154,8 @@ EXPORT const char *causallm_choose(int level) {
     if (level >= 2 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw")
         && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
         processor = &processor_avx512;
+#elif defined(__aarch64__)
+    if (level >= 1 && has_dot_product()) processor = &processor_neon;
 #endif
     return processor->label;
 }
@@ -297,3 +336,4 @@ EXPORT int causallm_attend(const struct attention *attention, int kind, int thre
 }
 
 #include "halves.h"
+#include "prompts.h"

@@ -24,6 +24,15 @@ SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "causallm_expand": (None, [ctypes.c_int, Address, Size, Size, Address, Address, ctypes.c_int]),
     "causallm_attend": (ctypes.c_int, [Address, ctypes.c_int, ctypes.c_int]),
     "causallm_halves": (ctypes.c_int, [Address, ctypes.c_int, Address, ctypes.c_int]),
+    "causallm_normalise": (
+        ctypes.c_int,
+        [Address, Address, ctypes.c_int, Size, Size, Address, ctypes.c_int, ctypes.c_int],
+    ),
+    "causallm_gate": (None, [ctypes.c_int, Address, Address, Size, Address, ctypes.c_int, ctypes.c_int]),
+    "causallm_turn": (
+        ctypes.c_int,
+        [Address, Address, Address, Address, ctypes.c_int, Size, Size, Address, ctypes.c_int],
+    ),
 }
 
 
@@ -61,6 +70,39 @@ def run_halves(halves: ctypes.Array, tokens: ctypes.Structure) -> None:
     assert loaded is not None
     if loaded.causallm_halves(halves, len(halves), ctypes.byref(tokens), torch.get_num_threads()):
         raise MemoryError(f"no memory for the working space of {len(halves)} halves of blocks")
+
+
+def normalise(norm: ctypes.Structure, x: Tensor, out: Tensor) -> None:
+    """Rows of x through a norm (`layers.kernels.half_arguments`) into `out`; both contiguous."""
+    width = x.shape[-1]
+    kinds = KINDS[FLOATS[x.dtype]], KINDS[FLOATS[out.dtype]]
+    if _loaded().causallm_normalise(
+        ctypes.byref(norm), x.data_ptr(), kinds[0], x.numel() // width, width, out.data_ptr(), kinds[1], threads()
+    ):
+        raise ValueError(f"rows of {width} values are wider than the kernels normalise")
+
+
+def gate(activation: int, gate: Tensor, up: Tensor, out: Tensor) -> None:
+    """activation(gate) * up into `out`, all contiguous and of one dtype; `activation` as in struct mlp_half."""
+    addresses = gate.data_ptr(), up.data_ptr(), gate.numel(), out.data_ptr()
+    _loaded().causallm_gate(activation, *addresses, KINDS[FLOATS[gate.dtype]], threads())
+
+
+def turn(half: ctypes.Structure, query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:
+    """Heads normalised and rotated: queries (batch, time, width) into `out`, keys and values into the cache."""
+    addresses = [part.data_ptr() for part in (query, key, value)]
+    kind, (batch, time) = KINDS[FLOATS[query.dtype]], query.shape[:2]
+    if _loaded().causallm_turn(ctypes.byref(half), *addresses, kind, batch, time, out.data_ptr(), threads()):
+        raise ValueError(f"heads of {out.shape[-1]} values are wider than the kernels take")
+
+
+def _loaded() -> ctypes.CDLL:
+    loaded = library()
+    assert loaded is not None
+    return loaded
+
+
+threads = torch.get_num_threads
 
 
 def _team() -> tuple[int, int] | None:

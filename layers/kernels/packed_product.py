@@ -7,6 +7,7 @@ from torch.nn import functional
 
 from layers.kernels import native
 from layers.kernels.block_formats import BLOCK_FORMATS
+from layers.precision import multiplies_bf16_fast
 
 FEW_ROWS = 24
 """Rows up to which the native product is the faster; beyond, expanding the weight costs less than it saves."""
@@ -17,9 +18,9 @@ def packed_product(
 ) -> Float[Tensor, "*rows out_features"]:
     """x W^T for a weight in one of `BLOCK_FORMATS`, in x's dtype.
 
-    On a CPU up to `FEW_ROWS` rows are rounded to int8, one scale for 32 values, as llama.cpp does, and more rows to
-    bf16; sums are in fp32. Elsewhere, and where x needs a gradient, the weight is expanded to x's dtype.
-    ValueError where the shapes do not fit.
+    On a CPU up to `FEW_ROWS` rows are rounded to int8, one scale for 32 values, as llama.cpp does; sums are in fp32.
+    More rows and the weight are multiplied in bf16 where the processor does that fast. Elsewhere, and where x needs a
+    gradient, the weight is expanded to x's dtype. ValueError where the shapes do not fit.
     """
     if BLOCK_FORMATS[kind].row_bytes(x.shape[-1]) != weight.shape[1]:
         held = BLOCK_FORMATS[kind].row_values(weight.shape[1])
@@ -34,8 +35,9 @@ def _product(x: Tensor, weight: Tensor, kind: str) -> Tensor:
         return functional.linear(x, BLOCK_FORMATS[kind].unpack(weight, x.dtype))
     rows = x.reshape(-1, x.shape[-1])
     if len(rows) > FEW_ROWS:
-        product = functional.linear(rows.bfloat16(), expanded(weight, kind, torch.bfloat16))
-    elif native.library() is None:
+        wide = torch.bfloat16 if multiplies_bf16_fast() else x.dtype
+        return functional.linear(x.to(wide), expanded(weight, kind, wide)).to(x.dtype)
+    if native.library() is None:
         product = packed_product_twin(rows, weight, kind)
     else:
         product = native.linear(rows.float(), weight, kind)

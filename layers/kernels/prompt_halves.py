@@ -1,0 +1,85 @@
+"""Halves of decoder blocks for many tokens: torch's products in bf16, the native kernels between them."""
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from layers.kernels import native
+from layers.kernels.half_arguments import ATTENTION, CODES, Half
+from layers.kv_cache import KVCache
+from layers.mha_core import attend
+from layers.step import Mask, Step
+
+
+def prompt_through_halves(
+    halves: Sequence[Half],
+    arguments: Any,
+    x: Float[Tensor, "batch time dim"],
+    step: Step,
+    caches: Sequence[KVCache],
+) -> Float[Tensor, "batch time dim"]:
+    """What the halves make of x one after the other, the caches of their attentions advanced."""
+    waiting = iter(caches)
+    for half, argument in zip(halves, arguments, strict=True):
+        body: Any = half.body
+        if half.kind == ATTENTION:
+            change = _attention(body, argument.attention, x, step, next(waiting))
+        else:
+            change = _mlp(body, argument.mlp, x)
+        x = x + (change if half.post_norm is None else half.post_norm(change))
+    return x
+
+
+def _attention(attention: Any, argument: Any, x: Tensor, step: Step, cache: KVCache) -> Tensor:
+    core = attention.core
+    rows = _normalised(argument.norm, x)
+    query, key, value = attention.q_proj(rows), attention.k_proj(rows), attention.v_proj(rows)
+    alive, mask, past = complete(argument, cache, core, step, x)
+    turned = query.new_empty(x.shape[0], core.num_heads, x.shape[1], core.head_dim)
+    native.turn(argument, query, key, value, turned)
+    keys, values = (part[:, :, :past] for part in alive[:2])
+    mixed = attend(turned, keys, values, mask, core.scale, core.score_softcap, attention.sinks)
+    return attention.o_proj(mixed.transpose(1, 2).flatten(-2))
+
+
+def _mlp(mlp: Any, argument: Any, x: Tensor) -> Tensor:
+    rows = _normalised(argument.norm, x)
+    gate, up = mlp.gate_proj(rows), mlp.up_proj(rows)
+    native.gate(argument.activation, gate, up, gate)
+    return mlp.down_proj(gate)
+
+
+def _normalised(norm: ctypes.Structure, x: Tensor) -> Tensor:
+    rows = torch.empty_like(x, dtype=torch.bfloat16)
+    native.normalise(norm, x, rows)
+    return rows
+
+
+def complete(argument: Any, cache: KVCache, core: Any, step: Step, x: Tensor) -> tuple[list[Tensor], Mask, int]:
+    """Say where the cache, the rotary tables and the mask lie.
+
+    Returns the tensors that must outlive the call, the cache's keys and values first, the mask, and how many slots of
+    the cache the tokens may see.
+    """
+    room = cache.claim(x.shape[1])
+    keys, values = room.keys, room.values
+    argument.keys, argument.values = keys.data_ptr(), values.data_ptr()
+    argument.key_row, argument.key_head, argument.key_step, _ = keys.stride()
+    argument.value_row, argument.value_head, argument.value_step, _ = values.stride()
+    argument.cache_kind, argument.past, argument.slot = CODES[keys.dtype], room.past, room.slot
+    cosines, sines = step.rotary(core.rope)
+    if x.dtype != torch.float32:
+        cosines, sines = cosines.float(), sines.float()
+    argument.cosines, argument.sines = cosines.data_ptr(), sines.data_ptr()
+    argument.table_row = 0 if cosines.shape[0] == 1 else cosines.stride(0)
+    mask = step.mask(core.window, room.columns)
+    alive = [keys, values, cosines, sines]
+    if mask.bias is not None:
+        bias = mask.bias.float().contiguous()
+        argument.bias, argument.bias_row = bias.data_ptr(), 0 if bias.shape[0] == 1 else bias.stride(0)
+        alive.append(bias)
+    return alive, mask, room.past
