@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from layers.kernels.half_arguments import ATTENTION, MLP, Half
+from layers.kernels.half_arguments import ATTENTION, MLP, MOE, Half
 from layers.kernels.halves import run_halves
 from layers.kv_cache import KVCache
+from layers.qwen_moe import QwenMoe
 from layers.step import Step
 
 
@@ -59,7 +60,7 @@ class DecoderBlock(nn.Module):
         """What the block does: attention, then MLP."""
         return (
             Half(KINDS.get(type(self.self_attn)), self, self.self_attn, self.input_layernorm),
-            Half(KINDS.get(type(self.mlp)), self, self.mlp, self.post_attention_layernorm),
+            Half(KINDS.get(type(self.mlp)), self, self.mlp, self.post_attention_layernorm, expert_type=Mlp),
         )
 
     def forward(
@@ -94,7 +95,7 @@ class SandwichBlock(DecoderBlock):
         )
 
 
-KINDS: dict[type[nn.Module], int] = {Attention: ATTENTION, Mlp: MLP}
+KINDS: dict[type[nn.Module], int] = {Attention: ATTENTION, Mlp: MLP, QwenMoe: MOE}
 """Bodies of halves that the native kernels know; a subclass may do something else."""
 
 

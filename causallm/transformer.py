@@ -12,12 +12,14 @@ from causallm.blocks import Attention, DecoderBlock, Mlp, run_blocks
 from causallm.config import GenerationConfig, ModelConfig, RuntimeConfig
 from causallm.tokenizer import Tokenizer
 from layers.embedding_layer import EmbeddingLayer
+from layers.int8_cache import SCALE, Int8KVCache, position_bytes
 from layers.kernels import native
-from layers.kv_cache import KVCache, SlidingKVCache, StaticKVCache
+from layers.kv_cache import KVCache, StaticKVCache
 from layers.linear import FullyConnected
 from layers.mha_core import MHACore
 from layers.registry import LayerRegistry
 from layers.rms_norm import RMSNorm
+from layers.sliding_cache import SlidingKVCache
 from layers.step import Step
 from layers.swiglu import SwiGLU
 from layers.tie_word_embedding import TieWordEmbedding
@@ -122,15 +124,21 @@ class Transformer(nn.Module):
         return self.make_mlp(self.config.intermediate_size)
 
     def createCache(self, layer_id: int, batch: int, capacity: int | None, rollback: int = 0) -> KVCache:
-        """The cache of one layer: sliding where its attention slides, else fixed at `capacity` or growing.
+        """The cache of one layer: sliding where its attention slides, else fixed at `capacity` or growing; in 8 bits
+        where nntr_config.json's kv_cache_dtype says so.
 
         rollback: how many columns of an update can be taken back right after it; without limit where nothing slides.
         """
         cfg, window = self.config, self.config.window(layer_id)
-        shape = (batch, cfg.num_key_value_heads, cfg.head_dim, self.cache_dtype, self.device)
-        if window is not None:
-            return SlidingKVCache(*shape, window=window, rollback=rollback)
-        return KVCache(*shape) if capacity is None else StaticKVCache(*shape, capacity=capacity)
+
+        def make(head_dim: int, dtype: torch.dtype) -> KVCache:
+            shape = (batch, cfg.num_key_value_heads, head_dim, dtype, self.device)
+            if window is not None:
+                return SlidingKVCache(*shape, window=window, rollback=rollback)
+            return KVCache(*shape) if capacity is None else StaticKVCache(*shape, capacity=capacity)
+
+        held = make(cfg.head_dim, self.cache_dtype)
+        return Int8KVCache(held, make(1, SCALE)) if self.cache_dtype == torch.int8 else held
 
     def createLayer(self, type_name: str, **properties: Any) -> Any:
         """A layer of the class registered for `type_name`."""
@@ -173,9 +181,17 @@ class Transformer(nn.Module):
 
     @property
     def cache_dtype(self) -> torch.dtype:
-        """That of keys and values: the activations', but fp16 for packed weights where kernels read it (NNTrainer)."""
+        """That of keys and values: kv_cache_dtype of nntr_config.json, else the activations', but fp16 for packed
+        weights where kernels read it (NNTrainer)."""
+        if self.runtime_config.kv_cache_dtype is not None:
+            return self.runtime_config.kv_cache_dtype
         packed = self.runtime_config.fc_format is not None and self.dtype == torch.float32
         return torch.float16 if packed and self.device.type == "cpu" and native.library() is not None else self.dtype
+
+    @property
+    def cache_position_bytes(self) -> int:
+        """Bytes that the keys and values of one position and layer take in the cache of one row."""
+        return 2 * self.config.num_key_value_heads * position_bytes(self.config.head_dim, self.cache_dtype)
 
     def forward(
         self,

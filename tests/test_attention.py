@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from layers import mha_core
-from layers.kv_cache import KVCache, SlidingKVCache, StaticKVCache
+from layers.kv_cache import KVCache, StaticKVCache
 from layers.mha_core import MHACore, attend
 from layers.rope import Rope, inverse_frequencies, rotary_tables, rotate
+from layers.sliding_cache import SlidingKVCache
 from layers.step import Mask, Step
 
 HEAD_DIM = 8

@@ -103,7 +103,7 @@ def test_no_layer_is_forgotten() -> None:
 
 
 @pytest.mark.parametrize("kind", BLOCK_FORMATS)
-@pytest.mark.parametrize("rows", [2, FEW_PACKED_ROWS + 1])
+@pytest.mark.parametrize("rows", [2, max(FEW_PACKED_ROWS.values()) + 1])
 def test_packed_layers_hand_gradients_through(kind: str, rows: int) -> None:
     """By the input and the bias: the packed weight itself is frozen."""
     layer = PackedLinear.from_float(randn(3, 256), randn(3), kind)

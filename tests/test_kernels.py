@@ -133,7 +133,7 @@ def test_rounded_is_int8() -> None:
 @pytest.mark.parametrize("kind", BLOCK_FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_few_and_many_rows_agree(kind: str, dtype: torch.dtype) -> None:
-    weight, x = packed_weight(kind, 50, 512), torch.randn(FEW_ROWS + 1, 512).to(dtype)
+    weight, x = packed_weight(kind, 50, 512), torch.randn(FEW_ROWS[kind] + 1, 512).to(dtype)
     many, few = packed_product(x, weight, kind), packed_product(x[:3], weight, kind)
     assert many.dtype == few.dtype == dtype
     exact = x.float() @ BLOCK_FORMATS[kind].unpack(weight).T

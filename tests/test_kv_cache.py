@@ -7,10 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from layers.kv_cache import Columns, KVCache, SlidingKVCache, StaticKVCache
+from layers.int8_cache import Int8KVCache
+from layers.kv_cache import Columns, KVCache, StaticKVCache
+from layers.sliding_cache import SlidingKVCache
 
 SHAPE = (2, 3, 4)  # batch, kv_heads, head_dim
 WINDOW = 7
+
+
+def in_8_bits(make: Callable[[int, torch.dtype], KVCache]) -> KVCache:
+    return Int8KVCache(make(SHAPE[2], torch.int8), make(1, torch.float32))
+
 
 KINDS: dict[str, Callable[[], KVCache]] = {
     "growing": lambda: KVCache(*SHAPE, torch.float32),
@@ -18,6 +25,12 @@ KINDS: dict[str, Callable[[], KVCache]] = {
     "sliding": lambda: SlidingKVCache(*SHAPE, torch.float32, window=WINDOW),
     "sliding by one": lambda: SlidingKVCache(*SHAPE, torch.float32, window=1),
     "sliding, rolls back": lambda: SlidingKVCache(*SHAPE, torch.float32, window=WINDOW, rollback=4),
+    "8 bits, growing": lambda: in_8_bits(lambda dim, dtype: KVCache(*SHAPE[:2], dim, dtype)),
+    "8 bits, static": lambda: in_8_bits(lambda dim, dtype: StaticKVCache(*SHAPE[:2], dim, dtype, capacity=64)),
+    "8 bits, sliding": lambda: in_8_bits(lambda dim, dtype: SlidingKVCache(*SHAPE[:2], dim, dtype, window=WINDOW)),
+    "8 bits, rolls back": lambda: in_8_bits(
+        lambda dim, dtype: SlidingKVCache(*SHAPE[:2], dim, dtype, window=WINDOW, rollback=4)
+    ),
 }
 
 
@@ -33,14 +46,25 @@ def fresh_like(cache: KVCache) -> KVCache:
 
 
 def same_kind(a: KVCache, b: KVCache) -> bool:
-    return type(a) is type(b) and all(
-        getattr(a, name, None) == getattr(b, name, None) for name in ("window", "rollback")
+    a, b = (getattr(cache, "_codes", cache) for cache in (a, b))
+    return (
+        type(a) is type(b)
+        and a.dtype == b.dtype
+        and all(getattr(a, name, None) == getattr(b, name, None) for name in ("window", "rollback"))
     )
 
 
 def tokens(time: int) -> tuple[Tensor, Tensor]:
-    batch, kv_heads, head_dim = SHAPE
-    return torch.randn(batch, kv_heads, time, head_dim), torch.randn(batch, kv_heads, time, head_dim)
+    """Numbers that 8 bits and a scale hold exactly: whole 64ths up to 127 of them, which one in each key reaches."""
+    keys, values = torch.randint(-127, 128, (2, *SHAPE[:2], time, SHAPE[2])) / 64
+    keys[..., 0] = values[..., 1] = 127 / 64
+    return keys, values
+
+
+def floats(state: dict[str, Tensor], name: str) -> Tensor:
+    """The keys or values of a state."""
+    scales = state.get(f"{name[:-1]}_scales")
+    return state[name] if scales is None else state[name] * scales
 
 
 class Everything:
@@ -73,30 +97,31 @@ def needed_by(cache: KVCache, first_new: int, end: int) -> range:
 
 def window_of(cache: KVCache) -> int:
     """How many columns the cache holds at most; a million where it does not slide."""
-    return getattr(cache, "window", 10**6)
+    return getattr(getattr(cache, "_codes", cache), "window", 10**6)
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_random_lives(cache: KVCache, seed: int) -> None:
     """Updates of all lengths, truncations, saves and restores in random order."""
     rng, truth = random.Random(seed), Everything()
-    saved: list[tuple[dict[str, Tensor], int, Everything]] = []
+    saved: list[tuple[dict[str, Tensor], int, Everything, int]] = []
     oldest = 0
     for _ in range(60):
         action = rng.choice(["update"] * 6 + ["truncate", "save", "restore"])
         if action == "update":
             time = rng.choice([1, 1, 1, 2, 3, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW + 3])
-            if isinstance(cache, StaticKVCache) and cache.offset + time > 64:
+            if cache.limit is not None and cache.offset + time > cache.limit:
                 continue
             keys, values = tokens(time)
             truth.append(keys, values)
             before = cache.offset
             check(cache.update(keys, values), truth, needed_by(cache, before, before + time))
-            aside = getattr(cache, "rollback", 0) if time > 1 else 0
-            oldest = max(0, before - window_of(cache), cache.offset - window_of(cache) - aside)
+            aside = (cache.rollback or 0) if time > 1 else 0
+            oldest = max(0, min(oldest, before), cache.offset - window_of(cache) - aside)
         elif action == "truncate":
             target = rng.choice([rng.randint(0, cache.offset), max(0, cache.offset - rng.randint(1, 4))])
-            if target != cache.offset and max(0, target - window_of(cache)) < oldest:
+            assert cache.reaches(target) == (target == cache.offset or max(0, target - window_of(cache)) >= oldest)
+            if not cache.reaches(target):
                 with pytest.raises(ValueError, match=f"at {cache.offset} .*back to {target}"):
                     cache.truncate(target)
             else:
@@ -105,15 +130,16 @@ def test_random_lives(cache: KVCache, seed: int) -> None:
         elif action == "save":
             copy = Everything()
             copy.append(truth.keys, truth.values)
-            saved.append((cache.state(), cache.offset, copy))
+            back = rng.random() < 0.5
+            saved_oldest = oldest if back else max(0, cache.offset - window_of(cache))
+            saved.append((cache.state(back), cache.offset, copy, saved_oldest))
         elif saved:
-            state, offset, truth_then = rng.choice(saved)
+            state, offset, truth_then, oldest = rng.choice(saved)
             truth = Everything()
             truth.append(truth_then.keys, truth_then.values)
             if rng.random() < 0.5:
                 cache = fresh_like(cache)
             cache.restore(state, offset)
-            oldest = max(0, offset - window_of(cache))
         assert cache.offset == truth.keys.shape[2]
 
 
@@ -125,9 +151,9 @@ def test_the_state_is_the_newest_columns_in_order_at_every_phase(cache: KVCache,
         truth.append(*new)
         cache.update(*new)
     state = cache.state()
-    held = min(seen, getattr(cache, "window", seen))
-    assert torch.equal(state["keys"], truth.keys[:, :, seen - held :])
-    assert torch.equal(state["values"], truth.values[:, :, seen - held :])
+    held = min(seen, window_of(cache))
+    assert torch.equal(floats(state, "keys"), truth.keys[:, :, seen - held :])
+    assert torch.equal(floats(state, "values"), truth.values[:, :, seen - held :])
     restored = fresh_like(cache)
     restored.restore(state, seen)
     new = tokens(1)
@@ -141,7 +167,7 @@ def test_a_saved_state_is_not_touched_by_what_comes_after(cache: KVCache) -> Non
     before = {name: tensor.clone() for name, tensor in state.items()}
     for _ in range(WINDOW):
         cache.update(*tokens(1))
-    if not isinstance(cache, SlidingKVCache):
+    if cache.reaches(0):
         cache.truncate(0)
         cache.update(*tokens(WINDOW))
     assert all(torch.equal(state[name], before[name]) for name in state)
@@ -187,6 +213,18 @@ def test_a_sliding_cache_takes_back_no_more_than_it_was_made_for() -> None:
     cache.update(*tokens(1))
     with pytest.raises(ValueError, match="window 7 at 27 positions cannot go back to 26"):
         cache.truncate(26)
+
+
+def test_an_update_that_was_broken_off_is_not_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is aside then is not what lies before the window."""
+    for broken in ("_store", "_keep_aside"):
+        cache = SlidingKVCache(*SHAPE, torch.float32, window=WINDOW, rollback=9)
+        cache.update(*tokens(30))
+        with monkeypatch.context() as patch:
+            patch.setattr(cache, broken, lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                cache.update(*tokens(5))
+        assert not any(cache.reaches(columns) for columns in range(cache.offset))
 
 
 def test_a_wide_window_is_not_allocated_before_it_is_needed() -> None:

@@ -1,6 +1,7 @@
 /* Attention of one token: softmax(q k^T) v for some query heads of one key-value head, included by kernels.h once per
    kind of processor. `scores` has room for `heads` rows of `padded(past)` floats. */
 
+#define AHEAD 32 /* positions fetched before they are needed */
 #define POSITIONS 64 /* of which keys or values stay in the nearest cache while all heads use them */
 
 static inline float NAME(largest)(const float *values, long count) {
@@ -31,6 +32,7 @@ static void NAME(softmax)(float *scores, long past, const float *sink) {
         for (long t = 0; t < count; t++) {                                                                  \
             V16 sums[2] = {{0}};                                                                            \
             const uint8_t *key = keys + BYTES * t * step;                                                   \
+            for (int at = 0; at < BYTES * dim; at += 64) __builtin_prefetch(key + BYTES * AHEAD * step + at, 0, 3);    \
             int i = 0;                                                                                      \
             for (; i + 32 <= dim; i += 32)                                                                  \
                 for (int half = 0; half < 2; half++)                                                        \
@@ -45,9 +47,12 @@ static void NAME(softmax)(float *scores, long past, const float *sink) {
         const float *weights, const uint8_t *values, long step, long count, const int parts, float *out) {  \
         V16 sums[8];                                                                                        \
         for (int i = 0; i < parts; i++) sums[i] = NAME(load_f32)(out + 16 * i);                             \
-        for (long t = 0; t < count; t++)                                                                    \
+        for (long t = 0; t < count; t++) {                                                                  \
+            const uint8_t *value = values + BYTES * t * step;                                               \
+            for (int at = 0; at < BYTES * 16 * parts; at += 64) __builtin_prefetch(value + BYTES * AHEAD * step + at, 0, 3); \
             for (int i = 0; i < parts; i++)                                                                 \
-                sums[i] += weights[t] * NAME(load_##KIND)(values + BYTES * (t * step + 16 * i));            \
+                sums[i] += weights[t] * NAME(load_##KIND)(value + BYTES * 16 * i);                          \
+        }                                                                                                   \
         for (int i = 0; i < parts; i++) *(V16 *)(out + 16 * i) = sums[i];                                   \
     }                                                                                                       \
     static void NAME(attend_##KIND)(const struct attention *a, long row, int kv_head, int first, int heads, \
@@ -94,5 +99,6 @@ ATTEND(f32, 4)
 ATTEND(bf16, 2)
 ATTEND(f16, 2)
 
+#undef AHEAD
 #undef POSITIONS
 #undef ATTEND

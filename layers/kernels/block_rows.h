@@ -90,8 +90,7 @@ static inline struct NAME(quad) NAME(quad_at)(const struct vector *x, long block
     static inline __m512 NAME(add_##KIND)(__m512 sum, const uint8_t *p, const struct NAME(quad) *x) {       \
         __m512i first, last;                                                                                \
         NAME(codes_##KIND)(p, &first, &last);                                                               \
-        const __m512i dot = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(x->offset, first, x->first), last, x->last);       \
-        return _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_mul_ps(NAME(scales_##KIND)(p), x->scale), sum);         \
+        return NAME(add_codes)(sum, first, last, NAME(scales_##KIND)(p), x);                                \
     }                                                                                                       \
     static void NAME(rows_##KIND)(const uint8_t *const row[4], long columns, const struct vector *x, float *out) {     \
         const __m512i zero_code = _mm512_set1_epi8((char)ZERO);                                             \
@@ -119,8 +118,47 @@ static inline struct NAME(quad) NAME(quad_at)(const struct vector *x, long block
         out[2] = _mm512_reduce_add_ps(c), out[3] = _mm512_reduce_add_ps(d);                                 \
     }
 
+/* The same for four vectors at once: the codes are made once for all. */
+#define ONE(KIND, r, t) s##r##t = NAME(add_codes)(s##r##t, first, last, scale, quads + t);
+#define ONE_ROW(KIND, BYTES, r)                                                                             \
+    {                                                                                                       \
+        __m512i first, last;                                                                                \
+        NAME(codes_##KIND)(at[r], &first, &last);                                                           \
+        const __m512 scale = NAME(scales_##KIND)(at[r]);                                                    \
+        ONE(KIND, r, 0) ONE(KIND, r, 1) ONE(KIND, r, 2) ONE(KIND, r, 3)                                     \
+    }
+#define QUAD_TILE(KIND, BYTES, ZERO)                                                                        \
+    static void NAME(tile_##KIND)(const uint8_t *const row[4], long columns, const struct vector *x, float *out) {     \
+        const __m512i zero_code = _mm512_set1_epi8((char)ZERO);                                             \
+        __m512 s00 = _mm512_setzero_ps(), s01 = s00, s02 = s00, s03 = s00, s10 = s00, s11 = s00, s12 = s00, s13 = s00; \
+        __m512 s20 = s00, s21 = s00, s22 = s00, s23 = s00, s30 = s00, s31 = s00, s32 = s00, s33 = s00;      \
+        const long blocks = columns / 32, ahead = NAME(distance)(row);                                      \
+        for (long block = 0; block < blocks; block += 4) {                                                  \
+            const uint8_t *at[4];                                                                           \
+            uint8_t rest[4][4 * BYTES];                                                                     \
+            for (int r = 0; r < 4; r++) at[r] = row[r] + BYTES * block;                                     \
+            if (block + 4 > blocks) {                                                                       \
+                memset(rest, 0, sizeof rest);                                                               \
+                for (int r = 0; r < 4; r++) at[r] = memcpy(rest[r], at[r], BYTES * (blocks - block));       \
+            }                                                                                               \
+            for (long part = BYTES * block; part < BYTES * (block + 4); part += 64) NAME(fetch)(row, ahead + part);    \
+            struct NAME(quad) quads[4];                                                                     \
+            for (int t = 0; t < 4; t++) quads[t] = NAME(quad_at)(x + t, block, zero_code);                  \
+            ONE_ROW(KIND, BYTES, 0) ONE_ROW(KIND, BYTES, 1) ONE_ROW(KIND, BYTES, 2) ONE_ROW(KIND, BYTES, 3) \
+        }                                                                                                   \
+        const __m512 sums[16] = {s00, s10, s20, s30, s01, s11, s21, s31, s02, s12, s22, s32, s03, s13, s23, s33};      \
+        for (int i = 0; i < 16; i++) out[i] = _mm512_reduce_add_ps(sums[i]);                                \
+    }
+
+static inline __m512 NAME(add_codes)(__m512 sum, __m512i first, __m512i last, __m512 scale, const struct NAME(quad) *x) {
+    const __m512i dot = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(x->offset, first, x->first), last, x->last);
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_mul_ps(scale, x->scale), sum);
+}
+
 QUAD_ROWS(q4_0, 18, 8)
 QUAD_ROWS(q8_0, 34, 0x80)
+QUAD_TILE(q4_0, 18, 8)
+QUAD_TILE(q8_0, 34, 0x80)
 
 static void NAME(rows_q4_k)(const uint8_t *const row[4], long columns, const struct vector *x, float *out) {
     const __m512i low = _mm512_set1_epi8(15), zero = _mm512_setzero_si512();
@@ -236,4 +274,7 @@ BLOCK_ROWS(q6_k, 256, 210)
 #endif
 
 #undef QUAD_ROWS
+#undef QUAD_TILE
+#undef ONE_ROW
+#undef ONE
 #undef BLOCK_ROWS

@@ -44,12 +44,21 @@ struct mlp_half {
     int activation;
 };
 
-enum half_kind { ATTENTION, MLP };
+struct moe_half {
+    struct norm norm, post_norm;
+    struct layer router;
+    const struct layer *experts; /* gate, up, down of each */
+    int *used; /* which experts were chosen, (tokens, chosen), for the caller */
+    int count, chosen, normalised, activation;
+};
+
+enum half_kind { ATTENTION, MLP, MOE };
 
 struct half {
     int kind;
     union {
         struct attention_half attention;
         struct mlp_half mlp;
+        struct moe_half moe;
     };
 };

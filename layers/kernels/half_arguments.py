@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from layers.activation import ACTIVATIONS
+from layers.expert_store import ResidentExperts
 from layers.kernels.native import FLOATS, KINDS, Address, Size
 from layers.linear import FullyConnected
 from layers.mha_core import MHACore
@@ -21,17 +22,21 @@ ACTIVATION_CODES = {
 }
 HEAD_NORMS = (ReshapedRMSNorm, OffsetReshapedRMSNorm)
 BLOCK_NORMS = (RMSNorm, OffsetRMSNorm)
-ATTENTION, MLP = 0, 1
+ATTENTION, MLP, MOE = 0, 1, 2
 PARTS = {
     ATTENTION: ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "core"),
     MLP: ("gate_proj", "up_proj", "down_proj", "activation"),
+    MOE: ("gate", "experts"),
 }
+MOST_CHOSEN = 64
+"""Experts of one token in experts.h."""
 
 
 class Half(NamedTuple):
     """A half of `block`: x + post_norm(body(norm(x))), or x + body(norm(x)).
 
-    kind: None for a body that the kernels do not know, else body has the children of `PARTS[kind]`.
+    kind: None for a body that the kernels do not know, else body has the children of `PARTS[kind]`; expert_type is
+    what a mixture's experts must be for the kernels to know what they do.
     """
 
     kind: int | None
@@ -39,9 +44,15 @@ class Half(NamedTuple):
     body: nn.Module
     norm: nn.Module
     post_norm: nn.Module | None = None
+    expert_type: type[nn.Module] | None = None
+
+    def experts(self) -> list[nn.Module]:
+        """A mixture's experts."""
+        experts = self.body._modules["experts"] if self.kind == MOE else None
+        return [] if experts is None else list(experts.children())
 
     def modules(self) -> list[nn.Module]:
-        """All that take part."""
+        """All that take part but for `experts` and what is in them."""
         children = [] if self.kind is None else [self.body._modules[name] for name in PARTS[self.kind]]
         around = (self.block, self.body, self.norm, self.post_norm)
         return [module for module in (*around, *children) if module is not None]
@@ -95,8 +106,17 @@ class _MlpHalf(ctypes.Structure):
     ]
 
 
+class _MoeHalf(ctypes.Structure):
+    _fields_ = [
+        *((name, _Norm) for name in ("norm", "post_norm")),
+        ("router", _Layer),
+        *((name, Address) for name in ("experts", "used")),
+        *((name, ctypes.c_int) for name in ("count", "chosen", "normalised", "activation")),
+    ]
+
+
 class _Body(ctypes.Union):
-    _fields_ = [("attention", _AttentionHalf), ("mlp", _MlpHalf)]
+    _fields_ = [("attention", _AttentionHalf), ("mlp", _MlpHalf), ("moe", _MoeHalf)]
 
 
 class HalfArguments(ctypes.Structure):
@@ -106,12 +126,17 @@ class HalfArguments(ctypes.Structure):
     _fields_ = [("kind", ctypes.c_int), ("body", _Body)]
 
 
-def half_arguments(half: Half) -> HalfArguments:
-    """The half's weights and numbers; UnknownPartError where the kernels do not know one of its parts."""
+def half_arguments(half: Half, alive: list[Any]) -> HalfArguments:
+    """The half's weights and numbers; UnknownPartError where the kernels do not know one of its parts.
+
+    What the arguments point to besides weights is put into `alive`.
+    """
     if half.kind == ATTENTION:
         return HalfArguments(kind=ATTENTION, attention=_attention_arguments(half))
     if half.kind == MLP:
         return HalfArguments(kind=MLP, mlp=_mlp_arguments(half))
+    if half.kind == MOE:
+        return HalfArguments(kind=MOE, moe=_moe_arguments(half, alive))
     raise UnknownPartError
 
 
@@ -139,16 +164,44 @@ def _attention_arguments(half: Half) -> _AttentionHalf:
 
 def _mlp_arguments(half: Half) -> _MlpHalf:
     mlp: Any = half.body
-    activation = mlp.activation
-    if type(activation) is not SwiGLU or id(activation.activation) not in ACTIVATION_CODES:
-        raise UnknownPartError
     return _MlpHalf(
         norm=_norm(half.norm, BLOCK_NORMS),
         post_norm=_norm(half.post_norm, BLOCK_NORMS),
         first=(_Layer * 2)(_layer(mlp.gate_proj), _layer(mlp.up_proj)),
         last=_layer(mlp.down_proj),
-        activation=ACTIVATION_CODES[id(activation.activation)],
+        activation=_activation(mlp.activation),
     )
+
+
+def _moe_arguments(half: Half, alive: list[Any]) -> _MoeHalf:
+    moe: Any = half.body
+    experts: Any = moe.experts
+    if type(experts) is not ResidentExperts or any(type(expert) is not half.expert_type for expert in experts):
+        raise UnknownPartError
+    members: list[Any] = list(experts)
+    layers = [_layer(part) for one in members for part in (one.gate_proj, one.up_proj, one.down_proj)]
+    if moe.num_chosen > MOST_CHOSEN or len({(one.rows, one.columns, one.kind) for one in layers}) > 2:
+        raise UnknownPartError
+    table = (_Layer * len(layers))(*layers)
+    alive.append(table)
+    return _MoeHalf(
+        norm=_norm(half.norm, BLOCK_NORMS),
+        post_norm=_norm(half.post_norm, BLOCK_NORMS),
+        router=_layer(moe.gate),
+        experts=ctypes.addressof(table),
+        count=len(experts),
+        chosen=moe.num_chosen,
+        normalised=moe.norm_topk_prob,
+        activation=_activation(members[0].activation),
+    )
+
+
+def _activation(activation: nn.Module) -> int:
+    if not isinstance(activation, SwiGLU) or type(activation) is not SwiGLU:
+        raise UnknownPartError
+    if id(activation.activation) not in ACTIVATION_CODES:
+        raise UnknownPartError
+    return ACTIVATION_CODES[id(activation.activation)]
 
 
 def _stored(tensor: Tensor | None) -> _Stored:

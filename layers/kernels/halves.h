@@ -14,7 +14,7 @@ struct shared {
     struct matrix first[3], last[1];
     struct product products[PRODUCTS];
     float *projected, *mixed, *sum;
-    atomic_long next[WORKS];
+    atomic_long next[WORKS], expert_next[2 * 8];
 };
 
 /* Halves one after the other, and the memory for any of them. */
@@ -39,8 +39,11 @@ static long larger(long a, long b) { return a > b ? a : b; }
 /* Value `index` of an array of floats of some kind. */
 static void *item(void *array, int kind, long index) { return (char *)array + index * (kind == F32 ? 4 : 2); }
 
+#define MORE_VECTORS 64 /* of the experts of one token, each rounded up by itself */
+
 static long scratch_bytes(long tokens, long widest, long scores) {
-    return tokens * (vector_bytes(widest) + 2 * sizeof(float) * widest) + sizeof(float) * (widest + scores) + 512;
+    return tokens * (vector_bytes(widest) + 2 * sizeof(float) * widest) + sizeof(float) * (widest + scores)
+           + MORE_VECTORS * vector_bytes(1) + 512;
 }
 
 static void *aligned(char **at, long bytes) {
@@ -51,11 +54,11 @@ static void *aligned(char **at, long bytes) {
 
 static struct own own_memory(char *at, long tokens, long widest) {
     struct own own;
-    own.vectors = aligned(&at, sizeof(struct vector) * tokens);
+    own.vectors = aligned(&at, sizeof(struct vector) * (tokens + MORE_VECTORS));
     own.x = aligned(&at, sizeof(float) * tokens * widest);
     own.rows = aligned(&at, sizeof(float) * tokens * widest);
     own.weights = aligned(&at, sizeof(float) * widest);
-    own.prepared = aligned(&at, tokens * (vector_bytes(widest) - sizeof(struct vector)));
+    own.prepared = aligned(&at, tokens * (vector_bytes(widest) - sizeof(struct vector)) + MORE_VECTORS * (vector_bytes(1) - sizeof(struct vector)));
     own.scores = aligned(&at, 0);
     return own;
 }
@@ -179,6 +182,8 @@ static void feed_forward(struct shared *shared, struct team *team, const struct 
     if (!writes_result(tokens, &half->post_norm)) finish(&half->post_norm, shared, own, team);
 }
 
+#include "experts.h"
+
 static void take_course(void *argument) {
     struct course *course = argument;
     struct team *team = &course->team;
@@ -189,18 +194,22 @@ static void take_course(void *argument) {
         struct shared *shared = course->halves + i;
         if (i) wait_for_all(team);
         if (shared->half->kind == ATTENTION) attend_block(shared, team, &own);
-        else feed_forward(shared, team, &own);
+        else if (shared->half->kind == MLP) feed_forward(shared, team, &own);
+        else mix_experts(shared, team, &own, me);
     }
 }
 
-/* Outputs of a half's first product together, and inputs of its last. */
+/* Values between the products of a half for one token: outputs of the first, and inputs of the last. */
 static long first_width(const struct half *half) {
     const struct attention_half *a = &half->attention;
-    return half->kind == ATTENTION ? (long)(a->heads + 2 * a->kv_heads) * a->head_dim : 2 * half->mlp.first[0].rows;
+    if (half->kind == ATTENTION) return (long)(a->heads + 2 * a->kv_heads) * a->head_dim;
+    if (half->kind == MLP) return 2 * half->mlp.first[0].rows;
+    return half->moe.count + 2 * half->moe.chosen * half->moe.experts[0].rows;
 }
 
 static long middle_width(const struct half *half) {
-    return half->kind == ATTENTION ? (long)half->attention.heads * half->attention.head_dim : half->mlp.first[0].rows;
+    if (half->kind == ATTENTION) return (long)half->attention.heads * half->attention.head_dim;
+    return half->kind == MLP ? half->mlp.first[0].rows : half->moe.chosen * half->moe.experts[0].rows;
 }
 
 static long score_count(const struct half *half) {
@@ -212,12 +221,13 @@ static void lay_out(struct shared *shared, int threads) {
     const struct half *half = shared->half;
     const struct tokens *tokens = &shared->tokens;
     const long width = first_width(half), count = tokens->batch * tokens->time;
-    const struct layer *layers = half->kind == ATTENTION ? half->attention.first : half->mlp.first;
-    const int matrices = half->kind == ATTENTION ? 3 : 2;
+    const struct layer *layers = half->kind == ATTENTION ? half->attention.first : half->kind == MLP ? half->mlp.first : &half->moe.router;
+    const int matrices = half->kind == ATTENTION ? 3 : half->kind == MLP ? 2 : 1;
     long at = 0;
     for (int i = 0; i < matrices; at += layers[i].rows, i++)
         shared->first[i] = matrix_of(layers + i, shared->projected + at, width, 0);
     shared->products[FIRST] = product_of(shared->first, matrices, tokens->dim, count, threads);
+    if (half->kind == MOE) return;
     const struct layer *last = half->kind == ATTENTION ? &half->attention.last : &half->mlp.last;
     const int writes = writes_result(tokens, half->kind == ATTENTION ? &half->attention.post_norm : &half->mlp.post_norm);
     shared->last[0] = matrix_of(last, writes ? tokens->out : shared->sum, tokens->dim, writes ? tokens->x : 0);

@@ -144,6 +144,11 @@ static const struct processor NAME(processor) = {
     NAME(gated),
     NAME(expand),
     {NAME(rows_f32), NAME(rows_bf16), NAME(rows_f16), NAME(rows_q8_0), NAME(rows_q4_0), NAME(rows_q4_k), NAME(rows_q6_k)},
+#if VNNI512
+    {[Q8_0] = NAME(tile_q8_0), [Q4_0] = NAME(tile_q4_0)},
+#else
+    {0},
+#endif
     {NAME(attend_f32), NAME(attend_bf16), NAME(attend_f16)},
 };
 

@@ -29,137 +29,7 @@
 
 #define EXPORT __attribute__((visibility("default")))
 
-enum kind { F32, BF16, F16, Q8_0, Q4_0, Q4_K, Q6_K, KINDS };
-
-/* A row of activations, as it is and as int8 in blocks of 32. */
-struct vector {
-    const float *values;
-    const int8_t *q;
-    const float *scales, *sums;
-};
-
-#define QUANTIZED 128 /* values that the kernels take at once */
-static inline long quantized(long columns) { return (columns + QUANTIZED - 1) / QUANTIZED * QUANTIZED; }
-
-struct format {
-    int values, bytes;
-    void (*integers)(const uint8_t *block, int8_t *values, float *scales_of_16, float *minimums_of_32);
-};
-
-/* For `time` tokens in each row of a batch, one after the other in query, out and bias; strides are in values. */
-struct attention {
-    const float *query, *bias, *sinks;
-    const void *keys, *values;
-    float *out;
-    long past, key_row, key_head, key_step, value_row, value_head, value_step, bias_row, query_row;
-    int batch, time, heads, kv_heads, head_dim;
-    float scale, softcap;
-};
-
-static inline long padded(long count) { return (count + 15) / 16 * 16; }
-
-enum activation { SILU, GELU_TANH };
-
-struct processor {
-    const char *label;
-    void (*quantize)(const float *x, long columns, int8_t *q, float *scales, float *sums);
-    void (*widen)(int kind, const void *from, long count, float *to);
-    void (*narrow)(int kind, const float *from, long count, void *to);
-    void (*normalise)(const float *x, const float *weight, long count, float epsilon, float *to);
-    void (*gated)(int activation, const float *gate, const float *up, long count, float *to);
-    void (*expand)(int kind, const uint8_t *row, long columns, float *wide, uint16_t *narrow);
-    void (*rows[KINDS])(const uint8_t *const row[4], long columns, const struct vector *x, float *out);
-    void (*attend[3])(const struct attention *, long row, int kv_head, int first, int heads, float *scores);
-};
-
-#include "formats.h"
-
-#define LABEL "plain C"
-#define NAME(name) name##_plain
-#define VNNI512 0
-#define F16C 0
-#include "kernels.h"
-
-#if X86
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
-#define LABEL "AVX2"
-#define NAME(name) name##_avx2
-#define VNNI512 0
-#define F16C 1
-#include "kernels.h"
-#if defined(__clang__)
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,prefer-vector-width=512")
-#endif
-#define LABEL "AVX-512 VNNI"
-#define NAME(name) name##_avx512
-#define VNNI512 1
-#define F16C 1
-#include "kernels.h"
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#endif
-
-#if defined(__aarch64__)
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("dotprod"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("arch=armv8.2-a+dotprod")
-#endif
-#define LABEL "NEON dot product"
-#define NAME(name) name##_neon
-#define VNNI512 0
-#define F16C 0
-#define NEON_DOT 1
-#include "kernels.h"
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-
-static int has_dot_product(void) {
-#if defined(__ARM_FEATURE_DOTPROD)
-    return 1;
-#elif defined(__linux__)
-    return (getauxval(AT_HWCAP) & (1 << 20)) != 0; /* HWCAP_ASIMDDP */
-#else
-    return 0;
-#endif
-}
-#endif
-
-static const struct processor *processor = &processor_plain;
-
-/* Choose the kernels: at most level 2 (AVX-512 VNNI), 1 (AVX2, NEON's dot product) or 0; returns the name of those chosen. */
-EXPORT const char *causallm_choose(int level) {
-    processor = &processor_plain;
-#if X86
-    __builtin_cpu_init();
-    if (level >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-        processor = &processor_avx2;
-    if (level >= 2 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw")
-        && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        processor = &processor_avx512;
-#elif defined(__aarch64__)
-    if (level >= 1 && has_dot_product()) processor = &processor_neon;
-#endif
-    return processor->label;
-}
-
+#include "processors.h"
 #include "team.h"
 
 struct matrix {
@@ -192,29 +62,35 @@ static float stored_at(const void *values, int kind, long index) {
     return kind == F32 ? scalar_f32(p + 4 * index) : kind == BF16 ? scalar_bf16(p + 2 * index) : scalar_f16(p + 2 * index);
 }
 
+/* Products of `count` rows from `first` on with one token, with what is to be added. */
+static void put_results(const struct matrix *m, long token, long first, int count, const float *results) {
+    float *out = m->out + token * m->stride + first;
+    const float *add = m->add ? m->add + token * m->stride + first : 0;
+    for (int r = 0; r < count; r++) {
+        const float bias = m->bias ? stored_at(m->bias, m->bias_kind, first + r) : 0;
+        out[r] = results[r] + bias + (add ? add[r] : 0);
+    }
+}
+
 static void multiply_rows(const struct product *job, const struct matrix *m, const struct vector *vectors, long begin, long end) {
     const long bytes = row_bytes(m->kind, job->columns);
     for (long first = begin; first < end; first += 4) {
         const uint8_t *row[4];
         for (int r = 0; r < 4; r++) row[r] = m->weight + bytes * (first + r < end ? first + r : end - 1);
         const int here = (int)(end - first < 4 ? end - first : 4);
-        for (long token = 0; token < job->tokens; token++) {
-            float result[4];
-            processor->rows[m->kind](row, job->columns, vectors + token, result);
-            float *out = m->out + token * m->stride + first;
-            const float *add = m->add ? m->add + token * m->stride + first : 0;
-            for (int r = 0; r < here; r++) {
-                const float bias = m->bias ? stored_at(m->bias, m->bias_kind, first + r) : 0;
-                out[r] = result[r] + bias + (add ? add[r] : 0);
-            }
+        for (long token = 0; token < job->tokens;) {
+            float results[4][4];
+            const long together = processor->tiles[m->kind] && token + 4 <= job->tokens ? 4 : 1;
+            (together == 4 ? processor->tiles : processor->rows)[m->kind](row, job->columns, vectors + token, results[0]);
+            for (long i = 0; i < together; i++, token++) put_results(m, token, first, here, results[i]);
         }
     }
 }
 
 /* A thread's share of out[token][row] = sum over columns of weight[row] * x[token], of several matrices. */
-static void multiply(struct product *job, const struct vector *vectors) {
+static void multiply_shared(const struct product *job, const struct vector *vectors, atomic_long *next) {
     for (;;) {
-        long at = atomic_fetch_add(&job->next, job->grain);
+        long at = atomic_fetch_add(next, job->grain);
         int which = 0;
         while (which < job->count && at >= (job->matrices[which].rows + job->grain - 1) / job->grain * job->grain)
             at -= (job->matrices[which].rows + job->grain - 1) / job->grain * job->grain, which++;
@@ -223,6 +99,8 @@ static void multiply(struct product *job, const struct vector *vectors) {
         multiply_rows(job, job->matrices + which, vectors, at, end < rows ? end : rows);
     }
 }
+
+static void multiply(struct product *job, const struct vector *vectors) { multiply_shared(job, vectors, &job->next); }
 
 static struct product product_of(const struct matrix *matrices, int count, long columns, long tokens, int threads) {
     long rows = 0;

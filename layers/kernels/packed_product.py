@@ -9,8 +9,10 @@ from layers.kernels import native
 from layers.kernels.block_formats import BLOCK_FORMATS
 from layers.precision import multiplies_bf16_fast
 
-FEW_ROWS = 24
-"""Rows up to which the native product is the faster; beyond, expanding the weight costs less than it saves."""
+FEW_ROWS = {"Q8_0": 48, "Q4_0": 48, "Q4_K": 20, "Q6_K": 20}
+"""Rows up to which the native product is the faster; beyond, expanding the weight costs less than it saves.
+
+Measured on two cores with AVX-512, 3072 x 1024; us, native / expanded, Q4_0: 51/383 for one row, 622/652 for 48."""
 
 
 def packed_product(
@@ -34,7 +36,7 @@ def _product(x: Tensor, weight: Tensor, kind: str) -> Tensor:
     if x.device.type != "cpu" or (torch.is_grad_enabled() and x.requires_grad):
         return functional.linear(x, BLOCK_FORMATS[kind].unpack(weight, x.dtype))
     rows = x.reshape(-1, x.shape[-1])
-    if len(rows) > FEW_ROWS:
+    if len(rows) > FEW_ROWS[kind]:
         wide = torch.bfloat16 if multiplies_bf16_fast() else x.dtype
         return functional.linear(x.to(wide), expanded(weight, kind, wide)).to(x.dtype)
     if native.library() is None:

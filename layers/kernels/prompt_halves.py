@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from layers.kernels import native
-from layers.kernels.half_arguments import ATTENTION, CODES, Half
+from layers.kernels.half_arguments import ATTENTION, CODES, MLP, Half
 from layers.kv_cache import KVCache
 from layers.mha_core import attend
 from layers.step import Mask, Step
@@ -28,8 +28,10 @@ def prompt_through_halves(
         body: Any = half.body
         if half.kind == ATTENTION:
             change = _attention(body, argument.attention, x, step, next(waiting))
-        else:
+        elif half.kind == MLP:
             change = _mlp(body, argument.mlp, x)
+        else:
+            change = body(half.norm(x))
         x = x + (change if half.post_norm is None else half.post_norm(change))
     return x
 
