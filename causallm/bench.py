@@ -14,6 +14,7 @@ from causallm.causal_lm import CausalLM
 from causallm.generation import DEFAULT_CHUNK, decode_one, prefill
 from causallm.memory_bandwidth import wait_for
 from causallm.packing import packed_tensors
+from causallm.prompt_cache.reuse import PromptCache
 from layers.expert_store import ExpertStore
 from layers.kv_cache import KVCache
 
@@ -89,14 +90,18 @@ def make_cases(
     ]
 
 
-def measure(model: CausalLM, cases: Sequence[Case], repeat: int) -> Iterator[Measurement]:
+def measure(
+    model: CausalLM, cases: Sequence[Case], repeat: int, held: PromptCache | None = None
+) -> Iterator[Measurement]:
     """Yields the measurement of each case: one run that warms up, then `repeat` that count. Tokens are random, the
-    seed fixed. Sets torch's number of threads, and puts it back at the end.
+    seed fixed; those in the cache before a case begins are `held`, of its depth and batch and without
+    padding, or random as well. Sets
+    torch's number of threads, and puts it back at the end.
     """
     before = torch.get_num_threads()
     try:
         for (batch, depth), group in itertools.groupby(cases, lambda case: (case.batch, case.depth)):
-            states: States | None = None
+            states: States | None = None if held is None else [layer.state() for layer in held.cache]
             for case in group:
                 torch.set_num_threads(case.threads)
                 if depth and states is None:
@@ -123,11 +128,10 @@ def bytes_per_step(model: CausalLM, case: Case) -> float:
     for store in model.modules():
         if isinstance(store, ExpertStore):
             read -= size_in_bytes(store) * (1 - cfg.num_experts_per_tok / len(store)) ** case.batch
-    position = 2 * cfg.num_key_value_heads * cfg.head_dim * model.cache_dtype.itemsize
     lengths = range(case.depth + 1, case.depth + case.tokens + 1)
     windows = (cfg.window(layer_id) or lengths.stop for layer_id in range(cfg.num_hidden_layers))
     positions = sum(statistics.fmean(min(length, window) for length in lengths) for window in windows)
-    return read + case.batch * position * positions
+    return read + case.batch * model.cache_position_bytes * positions
 
 
 def size_in_bytes(module: nn.Module) -> int:

@@ -1,6 +1,7 @@
 """The head that turns a body into a language model: logits and generated text."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,10 @@ from torch import Tensor
 
 from causallm.generation import Event, Progress, generate
 from causallm.options import generation_options
+from causallm.prompt_cache.file import is_prompt_cache, load_prompt_cache, save_prompt_cache
+from causallm.prompt_cache.make import head_prompt_cache
+from causallm.prompt_cache.nntr_file import read_nntr_cache, write_nntr_cache
+from causallm.prompt_cache.reuse import PromptCache
 from causallm.report import Report
 from causallm.transformer import Transformer
 from layers.kv_cache import KVCache
@@ -61,13 +66,16 @@ class CausalLM(Transformer):
         truncate: bool = False,
         report: Report | None = None,
         on_prefill: Progress | None = None,
+        prompt_cache: PromptCache | None = None,
         **options: Any,
     ) -> Iterator[Event]:
         """Answer a prompt, or several as one batch, event by event; each is text or a sequence of token ids.
 
         chat: wrap text with the model's chat template; None does so when there is one and the text carries none of
         its special tokens. system is the template's system message. options are fields of GenerationConfig, or
-        bad_words. See `causallm.generation.generate` for the rest. A mistake in any of them is a ValueError at once.
+        bad_words. prompt_cache: what the prompts may begin with; None takes that of nntr_config.json's system_prompt,
+        where it keeps one. See `causallm.generation.generate` for the rest. A mistake in any of them is a ValueError at
+        once.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
         rows = [
@@ -75,8 +83,23 @@ class CausalLM(Transformer):
             for prompt in prompts
         ]
         config = generation_options(self.generation_config, self.tokenizer, self.config.vocab_size, **options)
+        report = Report() if report is None else report
+        text = next((prompt for prompt in prompts if isinstance(prompt, str)), None)
+        if prompt_cache is None and text is not None and self.runtime_config.head_cache_path:
+
+            def encode(other: str) -> list[int]:
+                return self.encode_prompt(other, system, chat, template_variables)
+
+            prompt_cache = head_prompt_cache(self, encode, text, report)
         return generate(
-            self, rows, config, static_cache=static_cache, truncate=truncate, report=report, on_prefill=on_prefill
+            self,
+            rows,
+            config,
+            static_cache=static_cache,
+            truncate=truncate,
+            report=report,
+            on_prefill=on_prefill,
+            prompt_cache=prompt_cache,
         )
 
     def generate_text(self, prompts: str | Sequence[str | Sequence[int]], **options: Any) -> Any:
@@ -93,6 +116,40 @@ class CausalLM(Transformer):
             self.registerOutputs(event)
             text += event.text
         return text
+
+    def save_kvcache(
+        self,
+        path: str | Path,
+        to: int | None = None,
+        *,
+        cache: Sequence[KVCache],
+        ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        nntrainer: bool = False,
+    ) -> None:
+        """Write the first `to` positions of a cache, or all, and the ids of their tokens (a list for each row).
+
+        nntrainer: as NNTrainer's raw file, which holds no ids and knows no model. ValueError for what cannot be held.
+        """
+        if nntrainer:
+            write_nntr_cache(Path(path), self, cache, to)
+        elif ids is None:
+            raise ValueError("a prompt cache is saved with the ids of its tokens, expected ids")
+        else:
+            save_prompt_cache(Path(path), self, cache, ids, to)
+
+    def load_kvcache(self, path: str | Path, to: int | None = None, *, ids: Sequence[int] | None = None) -> PromptCache:
+        """Read the first `to` positions, or all, of a file of `save_kvcache`; ValueError where it does not fit.
+
+        ids: of the tokens that NNTrainer's raw file stands for, which does not say them.
+        """
+        path = Path(path)
+        if is_prompt_cache(path):
+            return load_prompt_cache(path, self, to)
+        if ids is None:
+            raise ValueError(
+                f"{path} is no prompt cache of this program; one of NNTrainer's is read with the ids of its tokens"
+            )
+        return read_nntr_cache(path, self, ids, to)
 
     def registerOutputs(self, event: Event) -> None:
         """Called by `run` with each token as it comes; override to show or record it."""

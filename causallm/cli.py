@@ -8,8 +8,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from causallm.allocator import keep_freed_memory
+
 VERBS = {
     "run": "answer a prompt (the default: MODEL may stand first)",
+    "chat": "converse: line editing, commands, streaming; a message a line from a pipe",
+    "cache": "compute a prompt once and keep its keys and values in a file",
     "bench": "measure tokens a second of prompts and generation",
     "perplexity": "measure how well a model predicts a text",
     "train": "train a model from a YAML file",
@@ -32,6 +36,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0, 2 for a user's mistake, 130 when interrupted."""
+    keep_freed_memory()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     return reporting_errors(lambda: _execute(arguments))
 

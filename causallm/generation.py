@@ -9,6 +9,7 @@ from torch import Tensor
 
 from causallm.config import GenerationConfig
 from causallm.penalties import TokenHistory, adjust_logits
+from causallm.prompt_cache.reuse import PromptCache
 from causallm.prompt_ids import check_ids, fit_prompt, left_pad
 from causallm.prompt_lookup import PromptLookup, rotates_alike
 from causallm.report import Lookup, Report
@@ -48,6 +49,8 @@ def generate(
     truncate: bool = False,
     report: Report | None = None,
     on_prefill: Progress | None = None,
+    cache: Sequence[KVCache] | None = None,
+    prompt_cache: PromptCache | None = None,
 ) -> Iterator[Event]:
     """Continue each prompt (token ids); returns an iterator over an event per row and step until all are finished.
 
@@ -59,6 +62,13 @@ def generate(
     With prompt_lookup_num_tokens rows run one after the other, for each accepts another number of drafted tokens. Every
     token is still chosen from its own logits by every rule and with its own random number, so events are those of plain
     decoding but for rounding: a step of several tokens may differ from steps of one in the last bits of its logits.
+
+    `cache` takes the place of one made here, static_cache and all, for one prompt, of which it already holds the first
+    tokens, but not all; in the end it holds the prompt and what was generated, save the last token.
+
+    Of `prompt_cache`, made by `model`, as much is reused as the prompts begin with (`PromptCache.reuse`); the rest is
+    computed, always the last token. One of several rows is for as many prompts, run together; with one of one row
+    several prompts run one after the other, each with a copy of it.
     """
     for prompt in prompts:
         check_ids(prompt, model.config.vocab_size)
@@ -69,33 +79,68 @@ def generate(
         for number, (prompt, generator) in enumerate(zip(fitted, generators, strict=True))
     ]
     size = 1 if config.prompt_lookup_num_tokens else model.runtime_config.batch_size or len(rows)
+    if prompt_cache is not None:
+        size = _batch_size(prompt_cache, len(rows), size)
     batches = (rows[start : start + size] for start in range(0, len(rows), size or 1))
     report = Report() if report is None else report
-    return (event for batch in batches for event in _run(model, batch, config, static_cache, report, on_prefill))
+    if prompt_cache is not None:
+        report.reused_tokens = report.reused_tokens or 0
+    if cache is not None and (len(rows) != 1 or cache[0].offset >= len(fitted[0])):
+        raise ValueError(
+            f"a cache of {cache[0].offset} positions continues one prompt that is longer, got prompts of "
+            f"{', '.join(str(len(prompt)) for prompt in fitted)} tokens"
+        )
+
+    def begin(batch: Sequence[_Row]) -> Sequence[KVCache]:
+        """The cache of a batch, which may hold what its prompts begin with."""
+        if cache is not None:
+            return cache
+        # The last token of a row is never put into the cache.
+        columns = max(len(row.history.tokens) for row in batch) + max(row.room for row in batch) - 1
+        capacity, drafted = columns if static_cache else None, config.prompt_lookup_num_tokens
+        if prompt_cache is None:
+            return model.make_cache(len(batch), capacity, drafted)
+        tokens = [row.history.tokens for row in batch]
+        return prompt_cache.reuse(model, tokens, capacity, drafted, keep=len(batch) < len(rows))[0]
+
+    return (event for batch in batches for event in _run(model, batch, config, begin, report, on_prefill))
+
+
+def _batch_size(held: PromptCache, prompts: int, size: int) -> int:
+    """How many prompts run together; ValueError where those of a prompt cache of several rows cannot."""
+    if len(held.ids) == 1:
+        return 1
+    if len(held.ids) != prompts or size < prompts:
+        raise ValueError(
+            f"the prompt cache has {len(held.ids)} rows, expected as many prompts that run together, got {prompts}, "
+            f"{min(size, prompts)} at a time"
+        )
+    return size
 
 
 def _run(
     model: Transformer,
     rows: Sequence["_Row"],
     config: GenerationConfig,
-    static_cache: bool,
+    begin: Callable[[Sequence["_Row"]], Sequence[KVCache]],
     report: Report,
     on_prefill: Progress | None,
 ) -> Iterator[Event]:
     """One batch, from its prompts to the end of its last row."""
     ids, padding = left_pad([row.history.tokens for row in rows], model.device)
-    # The last token of a row is never put into the cache.
-    columns = ids.shape[1] + max(row.room for row in rows) - 1
-    drafted = config.prompt_lookup_num_tokens
-    cache = model.make_cache(len(rows), columns if static_cache else None, drafted)
     report.prompt_tokens += sum(len(row.history.tokens) for row in rows)
     chunk = model.runtime_config.init_seq_len or DEFAULT_CHUNK
     with report.timed("prefill"):
-        tokens = choose(prefill(model, ids, cache, padding, chunk, on_prefill), rows, config)
+        cache = begin(rows)
+        held = cache[0].offset
+        if held:
+            reused = sum(max(held - ids.shape[1] + len(row.history.tokens), 0) for row in rows)
+            report.reused_tokens = (report.reused_tokens or 0) + reused
+        tokens = choose(prefill(model, ids[:, held:], cache, padding, chunk, on_prefill), rows, config)
     report.first_tokens += len(rows)
     steps = (
         _by_lookup(model, rows[0], int(tokens), cache, config, report)
-        if drafted
+        if config.prompt_lookup_num_tokens
         else _one_by_one(model, rows, tokens, cache, padding, config, report)
     )
     try:
@@ -165,14 +210,14 @@ def prefill(
     chunk: int,
     on_chunk: Progress | None = None,
 ) -> Float[Tensor, "batch vocab"]:
-    """Put a prompt into the cache, `chunk` columns at a time; returns the logits after its last token."""
-    time = ids.shape[1]
+    """Put a prompt, or the rest of one, into the cache, `chunk` columns at a time; the logits after its last token."""
+    held, time = cache[0].offset, ids.shape[1]
     for start in range(0, time, chunk):
         end = min(start + chunk, time)
         last = 1 if end == time else 0
-        logits = model(ids[:, start:end], cache, padding=padding, rope_length=time, last=last)
+        logits = model(ids[:, start:end], cache, padding=padding, rope_length=held + time, last=last)
         if on_chunk:
-            on_chunk(end, time)
+            on_chunk(held + end, held + time)
     return logits[:, -1]
 
 

@@ -75,6 +75,9 @@ def read_runtime(source: ModelSource, dtype: str | torch.dtype | None = None, **
     changes = ", ".join(f"{key}={value!r}" for key, value in overrides.items())
     content = {**source.runtime_json(), **overrides}
     runtime = RuntimeConfig.from_json(content, f"{label} with {changes}" if changes else label)
+    if runtime.head_cache_path is not None:
+        beside = source.path if source.path.is_dir() else source.path.parent
+        runtime = replace(runtime, head_cache_path=str(beside / runtime.head_cache_path))
     if dtype is None:
         return runtime
     if isinstance(dtype, str):

@@ -48,7 +48,8 @@ def perplexity(
     sliding window of huggingface.co/docs/transformers/perplexity. A window's first token is only ever context. Every
     scored token weighs the same; the page's code weighs a window by one token fewer than its mean is over.
     `progress` is called after each window with the tokens done and those there are. No more logits are held than
-    one window's. ValueError for fewer than 2 tokens, a window beyond the model's context, a stride beyond the window,
+    one window's. Keys and values pass through a cache only where nntr_config.json has a kv_cache_dtype, whose effect
+    that shows. ValueError for fewer than 2 tokens, a window beyond the model's context, a stride beyond the window,
     a model that sees what it is to predict, and scores that are not finite.
     """
     if not model.is_causal:
@@ -90,5 +91,6 @@ def _score(model: CausalLM, ids: Sequence[int], scored: int) -> float:
     """-log p of the last `scored` of `ids`, summed, in nats."""
     window = torch.tensor(ids, device=model.device)
     # The last token predicts none of them, but counts for the rotary kinds that depend on the length.
-    logits = model(window[None, :-1], rope_length=len(ids), last=scored)
+    cache = None if model.runtime_config.kv_cache_dtype is None else model.make_cache()
+    logits = model(window[None, :-1], cache, rope_length=len(ids), last=scored)
     return cross_entropy_sum(logits[0], window[-scored:]).item()

@@ -29,11 +29,14 @@ class Lookup:
 class Report:
     """Filled in while a model loads and generates. Times in seconds; tokens summed over the rows of a batch.
 
+    reused_tokens: those of prompt_tokens that a cache already held, so that prefill did not compute them; None where
+    there is none.
     cache_dtype, cache_bytes: of the keys and values at the end, or of the largest batch; None, 0 before the first.
     lookup: None where nothing is drafted.
     """
 
     prompt_tokens: int = 0
+    reused_tokens: int | None = None
     generated_tokens: int = 0
     first_tokens: int = 0
     load_seconds: float = 0.0
@@ -58,8 +61,13 @@ class Report:
 
     @property
     def prefill_rate(self) -> float:
-        """Prompt tokens a second."""
-        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+        """Prompt tokens computed a second."""
+        return self.computed_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def computed_tokens(self) -> int:
+        """Prompt tokens that no cache held."""
+        return self.prompt_tokens - (self.reused_tokens or 0)
 
     @property
     def generation_rate(self) -> float:
@@ -76,12 +84,14 @@ class Report:
     def lines(self) -> list[str]:
         """The report as text."""
         lines = [
-            f"prefill: {self.prompt_tokens} tokens, {self.prefill_seconds * 1e3:.0f} ms, {self.prefill_rate:.1f} TPS",
+            f"prefill: {self.computed_tokens} tokens, {self.prefill_seconds * 1e3:.0f} ms, {self.prefill_rate:.1f} TPS",
             f"generation: {self.generated_tokens} tokens, {self.generation_seconds * 1e3:.0f} ms, "
             f"{self.generation_rate:.1f} TPS",
             f"load: {self.load_seconds * 1e3:.0f} ms, first token after: {self.prefill_seconds * 1e3:.0f} ms, "
             f"peak memory: {peak_memory() / 1e6:.0f} MB",
         ]
+        if self.reused_tokens is not None:
+            lines.append(f"reused: {self.reused_tokens} of {self.prompt_tokens} prompt tokens, from the prompt cache")
         if self.cache_dtype:
             lines.append(f"cache: {_name(self.cache_dtype)}, {self.cache_bytes / 1e6:.1f} MB")
         if self.lookup:
@@ -104,6 +114,8 @@ class Report:
             "time_to_first_token_ms": round(self.prefill_seconds * 1e3, 3),
             "peak_memory_bytes": peak_memory(),
         }
+        if self.reused_tokens is not None:
+            content["reused_tokens"] = self.reused_tokens
         if self.cache_dtype:
             content |= {"cache_dtype": _name(self.cache_dtype), "cache_bytes": self.cache_bytes}
         if self.lookup:

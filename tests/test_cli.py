@@ -448,10 +448,10 @@ def test_a_hub_id_is_run_from_where_it_was_fetched_to(
 
 
 OPTIONS = """
-    --bad-word --bad-word-ids --chat --chunk --device --dtype --frequency-penalty --greedy --help --json --logit-bias
-    --max-length --max-new-tokens --min-p --plugin --presence-penalty --prompt --prompt-file --prompt-lookup --raw
-    --repetition-penalty --revision --seed --set --static-cache --stop --system --temperature --template-var --threads
-    --top-k --top-p --truncate
+    --bad-word --bad-word-ids --cache-dtype --chat --chunk --device --dtype --frequency-penalty --greedy --help --json
+    --logit-bias --max-length --max-new-tokens --min-p --plugin --presence-penalty --prompt --prompt-cache --prompt-file
+    --prompt-lookup --raw --repetition-penalty --revision --seed --set --static-cache --stop --system --temperature
+    --template-var --threads --top-k --top-p --truncate
 """
 
 

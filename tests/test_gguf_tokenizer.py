@@ -12,7 +12,7 @@ import pytest
 from conftest import save_random_model
 from sample_tokenizers import byte_fallback, byte_level, metaspace, word_piece
 from test_tokenizer import QWEN3, STORIES, TEXTS
-from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from causallm.gguf.format import read_gguf
@@ -103,6 +103,19 @@ def test_the_repositorys_own(tmp_path: Path) -> None:
     metadata = read_gguf(tmp_path / "x.gguf").metadata
     assert (metadata["tokenizer.ggml.pre"], HUGGING_FACE in metadata) == ("gpt-2", False)
     assert_same(tmp_path / "x.gguf", Tokenizer.from_folder(TINY))
+
+
+def test_a_tokenizer_without_merges_has_an_empty_list(tmp_path: Path) -> None:
+    """llama.cpp refuses a byte-level file where the key is missing."""
+    symbols = pre_tokenizers.ByteLevel.alphabet()
+    backend = Backend(models.BPE({symbol: index for index, symbol in enumerate(sorted(symbols))}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    with pytest.warns(UserWarning, match="no rules exactly"):
+        path, source = converted(tmp_path, save(backend), 260)
+    assert read_gguf(path).metadata["tokenizer.ggml.merges"] == []
+    field = gguf.GGUFReader(path).fields["tokenizer.ggml.merges"]
+    assert (field.types[0], len(field.data)) == (gguf.GGUFValueType.ARRAY, 0)
+    assert find_source(path).tokenizer(None).encode("héllo", False) == source.encode("héllo", False)
 
 
 @pytest.mark.parametrize("strip", [True, False])

@@ -75,6 +75,18 @@ def test_drafts_are_told_where_there_are_some() -> None:
     assert report.lines()[3:] == ["lookup: 0 of 0 drafted tokens accepted (0 %), 0.00 tokens per step"]
 
 
+def test_reused_tokens_are_not_computed() -> None:
+    report = example()
+    report.reused_tokens = 20
+    assert report.prefill_rate == 40.0
+    assert report.lines()[0] == "prefill: 10 tokens, 250 ms, 40.0 TPS"
+    assert report.lines()[3:] == ["reused: 20 of 30 prompt tokens, from the prompt cache"]
+    assert [report.as_json()[key] for key in ("prompt_tokens", "reused_tokens", "prefill_tps")] == [30, 20, 40.0]
+    report.reused_tokens = 0
+    assert report.lines()[3] == "reused: 0 of 30 prompt tokens, from the prompt cache"
+    assert report.as_json()["reused_tokens"] == 0
+
+
 def test_times_add_up_and_survive_an_interruption() -> None:
     report = Report()
     for _ in range(2):

@@ -40,6 +40,7 @@ NNTR: dict[str, tuple[Any, dict[str, Any]]] = {
     "sample_input": ("Hello", {"sample_input": "Hello"}),
     "is_causal": (False, {"is_causal": False}),
     "system_prompt": ({"head_prompt": "a", "tail_prompt": "b"}, {"head_prompt": "a", "tail_prompt": "b"}),
+    "kv_cache_dtype": ("int8", {"kv_cache_dtype": torch.int8}),
     "hf_repo": ("a/b", {"hf_repo": "a/b"}),
 }
 
@@ -81,6 +82,17 @@ NNTR_MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"fsu": 1}, "fsu is 1, expected true or false"),
     ({"system_prompt": "Be kind"}, "system_prompt is 'Be kind', expected an object"),
     ({"system_prompt": {"head": "x"}}, "system_prompt: unknown key 'head'"),
+    ({"system_prompt": {"kvcache": "x"}}, "system_prompt: kvcache is 'x', expected an object with pre_computed_"),
+    ({"system_prompt": {"kvcache": {"path": "x"}}}, "system_prompt: kvcache: unknown key 'path'; known are: pre_"),
+    (
+        {"system_prompt": {"kvcache": {"sys_prompt_token_size": 3}}},
+        "system_prompt: kvcache: pre_computed_cache_path is m",
+    ),
+    (
+        {"system_prompt": {"kvcache": {"pre_computed_cache_path": "x", "sys_prompt_token_size": 0}}},
+        "system_prompt: kvcache: sys_prompt_token_size is 0, expected a whole number of at least 1",
+    ),
+    ({"kv_cache_dtype": "int4"}, "kv_cache_dtype is 'int4', expected one of FP32, .*int8"),
     ({"system_prompt": {"head_prompt": 3}}, "system_prompt: head_prompt is 3, expected a string"),
     ({"sample_input": 3}, "sample_input is 3, expected a string"),
 ]
@@ -96,7 +108,6 @@ def test_mistakes_in_nntr_config_are_named(content: dict[str, Any], message: str
     ("content", "name"),
     [
         ({"fsu": True}, "fsu"),
-        ({"system_prompt": {"kvcache": {"pre_computed_cache_path": "x"}}}, "system_prompt.kvcache"),
     ],
 )
 def test_keys_of_later_work_are_warned_about_by_name(content: dict[str, Any], name: str) -> None:
@@ -125,6 +136,12 @@ def test_a_model_takes_the_dtype_its_config_names(checkpoints: Checkpoints, tmp_
     for name, dtype in (("bfloat16", torch.bfloat16), (None, torch.float32)):
         (tmp_path / "config.json").write_text(json.dumps({**content, "dtype": name}))
         assert {parameter.dtype for parameter in build_model(tmp_path).parameters()} == {dtype}
+
+
+def test_the_cache_of_the_head_prompt() -> None:
+    kvcache = {"pre_computed_cache_path": "head.cache", "sys_prompt_token_size": 7}
+    config = RuntimeConfig.from_json({"system_prompt": {"head_prompt": "a", "kvcache": kvcache}})
+    assert (config.head_prompt, config.head_cache_path, config.head_cache_size) == ("a", "head.cache", 7)
 
 
 def test_packed_weights_are_formats_and_floats_dtypes() -> None:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from causallm.bench import Case, Measurement, count_parameters, make_cases, measure, name_dtypes, size_in_bytes
 from causallm.causal_lm import CausalLM
 from causallm.commands.model_arguments import add_model_arguments, open_model
+from causallm.commands.prompt_cache_arguments import add_prompt_cache_argument, open_prompt_cache
 from causallm.embedding_model import EmbeddingModel
 from causallm.memory_bandwidth import processors, read_bandwidth, read_bandwidth_apart
 from causallm.report import Report, peak_memory
@@ -40,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for option, default, _, text in LISTED:
         default = default or str(torch.get_num_threads())
         group.add_argument(option, default=default, metavar="N,...", help=f"{text} (default: %(default)s)")
+    add_prompt_cache_argument(parser, "each test begins with it; takes the place of --depth and --batch")
     parser.add_argument("--repeat", default="5", metavar="N", help="times each test is run (default: %(default)s)")
     parser.add_argument(
         "--output", choices=("table", "csv", "json"), default="table", help="form of the results (default: table)"
@@ -59,6 +61,11 @@ def execute(args: argparse.Namespace) -> int:
     model = open_model(argparse.Namespace(**{**vars(args), "threads": None}), report)
     if isinstance(model, EmbeddingModel):
         raise ValueError(f"{args.model} is an embedding model, expected one that generates text")
+    held = open_prompt_cache(args, model, report)
+    if held is not None:
+        if any(held.padding):
+            raise ValueError("the prompt cache has rows of different lengths, expected rows of one length to measure")
+        depths, batches = [held.columns], [len(held.ids)]
     cases = make_cases(prompts, generates, depths, threads, batches, model.max_length)
     bandwidth = _bandwidth(model.device) if any(case.kind == "tg" for case in cases) else None
     about = _describe(Path(args.model).resolve().name, model)
@@ -66,7 +73,7 @@ def execute(args: argparse.Namespace) -> int:
     rows, code = [], 0
     with tqdm(total=len(cases), desc="bench", unit=" tests", disable=None, leave=False) as bar:
         try:
-            for measurement in measure(model, cases, repeat):
+            for measurement in measure(model, cases, repeat, held):
                 rows.append({**about, **_result(measurement, bandwidth)})
                 bar.clear()
                 printer.row(rows[-1])

@@ -1,9 +1,44 @@
 """The options of prompts, drawing and stopping; shared by the verbs that generate."""
 
 import argparse
+import sys
+from pathlib import Path
 from typing import Any
 
 from causallm.commands.model_arguments import key_values
+
+
+def add_text_arguments(parser: argparse.ArgumentParser, default: str) -> None:
+    """Where prompts come from; `default` says what stands for none."""
+    parser.add_argument("prompt", nargs="?", help=default)
+    parser.add_argument(
+        "--prompt", action="append", default=[], dest="more", metavar="TEXT",
+        help="a further prompt; several run together, batch_size of nntr_config.json at a time",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prompt-file", metavar="FILE",
+        help="take the prompt from a file, less a line break at its end; - for stdin",
+    )  # fmt: skip
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """All prompts that the arguments give, none of them empty."""
+    prompts = [args.prompt] if args.prompt is not None else []
+    if args.prompt_file is not None:
+        prompts.append(_read(args.prompt_file))
+    prompts += args.more
+    if "" in prompts:
+        raise ValueError("the prompt is empty, expected some text")
+    return prompts
+
+
+def _read(path: str) -> str:
+    content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt-file: {path} is not UTF-8 text at byte {error.start}") from None
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +91,13 @@ def stream_options(args: argparse.Namespace) -> dict[str, Any]:
         "chat": True if args.chat else False if args.raw else None,
         "template_variables": variables,
         "truncate": args.truncate,
+        **drawing_options(args),
+    }
+
+
+def drawing_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Those of them that `add_generation_arguments` adds."""
+    return {
         "static_cache": args.static_cache,
         "do_sample": False if args.greedy else None,
         "max_new_tokens": args.max_new_tokens,

@@ -76,7 +76,7 @@ def weight_rows(model: Transformer) -> list[dict[str, Any]]:
 def cache_sizes(model: Transformer) -> dict[str, int]:
     """Bytes of the key-value cache of one row: a token while all layers grow, later, and at the longest."""
     cfg = model.config
-    layer = 2 * cfg.num_key_value_heads * cfg.head_dim * model.cache_dtype.itemsize
+    layer = model.cache_position_bytes
     windows = [cfg.window(number) for number in range(cfg.num_hidden_layers)]
     return {
         "cache_bytes_per_token": layer * len(windows),

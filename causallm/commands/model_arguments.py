@@ -23,6 +23,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--revision", help="branch, tag or commit of a hub id")
     group.add_argument("--dtype", help="float32, bfloat16 or float16 for weights, activations and cache")
+    group.add_argument(
+        "--cache-dtype", help="int8, float16, bfloat16 or float32 for the key-value cache (kv_cache_dtype)"
+    )
     group.add_argument("--max-length", type=int, metavar="N", help="context in tokens (max_seq_len)")
     group.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
@@ -85,6 +88,8 @@ def prepare(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     overrides = key_values("--set", args.overrides)
     if args.max_length is not None:
         overrides["max_seq_len"] = args.max_length
+    if args.cache_dtype is not None:
+        overrides["kv_cache_dtype"] = args.cache_dtype
     if getattr(args, "chunk", None) is not None:
         overrides["init_seq_len"] = args.chunk
     return resolve_model(args.model, args.revision), overrides

@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -12,9 +12,12 @@ from causallm.causal_lm import CausalLM
 from causallm.commands.generation_arguments import (
     add_generation_arguments,
     add_prompt_arguments,
+    add_text_arguments,
+    read_prompts,
     stream_options,
 )
 from causallm.commands.model_arguments import add_device_arguments, add_model_arguments, moving, open_model
+from causallm.commands.prompt_cache_arguments import add_prompt_cache_argument, open_prompt_cache
 from causallm.embedding_model import EmbeddingModel
 from causallm.generation import Event
 from causallm.report import Report
@@ -23,15 +26,8 @@ from causallm.report import Report
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `run`."""
     add_model_arguments(parser)
-    parser.add_argument("prompt", nargs="?", help="default: sample_input of nntr_config.json")
-    parser.add_argument(
-        "--prompt", action="append", default=[], dest="more", metavar="TEXT",
-        help="a further prompt; several run together, batch_size of nntr_config.json at a time",
-    )  # fmt: skip
-    parser.add_argument(
-        "--prompt-file", metavar="FILE",
-        help="take the prompt from a file, less a line break at its end; - for stdin",
-    )  # fmt: skip
+    add_text_arguments(parser, "default: sample_input of nntr_config.json")
+    add_prompt_cache_argument(parser, "what the prompts begin with is not computed again; without a prompt, its own")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text and report")
     add_prompt_arguments(parser)
     add_generation_arguments(parser)
@@ -40,8 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Load the model and answer; 130 when interrupted, with what there is until then."""
-    options, prompts, report = stream_options(args), _prompts(args), Report()
+    options, prompts, report = stream_options(args), read_prompts(args), Report()
     model = open_model(args, report)
+    options["prompt_cache"] = open_prompt_cache(args, model, report)
+    if options["prompt_cache"] and not prompts:
+        return _answer(model, [list(row) for row in options["prompt_cache"].ids], options, report, args.json)
     if not prompts:
         if model.runtime_config.sample_input is None:
             raise ValueError("no prompt was given, and nntr_config.json has no sample_input")
@@ -50,25 +49,6 @@ def execute(args: argparse.Namespace) -> int:
     if isinstance(model, EmbeddingModel):
         return _embed(model, prompts, report, args.json)
     return _answer(model, prompts, options, report, args.json)
-
-
-def _prompts(args: argparse.Namespace) -> list[str]:
-    prompts = [args.prompt] if args.prompt is not None else []
-    if args.prompt_file is not None:
-        prompts.append(_read(args.prompt_file))
-    prompts += args.more
-    if "" in prompts:
-        raise ValueError("the prompt is empty, expected some text")
-    return prompts
-
-
-def _read(path: str) -> str:
-    content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--prompt-file: {path} is not UTF-8 text at byte {error.start}") from None
-    return text.removesuffix("\n").removesuffix("\r")
 
 
 def _embed(model: EmbeddingModel, prompts: list[str], report: Report, as_json: bool) -> int:
@@ -83,7 +63,7 @@ def _embed(model: EmbeddingModel, prompts: list[str], report: Report, as_json: b
     return 0
 
 
-def _answer(model: CausalLM, prompts: list[str], options: dict[str, Any], report: Report, as_json: bool) -> int:
+def _answer(model: CausalLM, prompts: Sequence[Any], options: dict[str, Any], report: Report, as_json: bool) -> int:
     answers, code = _Answers(len(prompts)), 0
     with tqdm(desc="prompt", unit=" tokens", disable=None, leave=False, delay=1) as bar:
         try:

@@ -1,7 +1,7 @@
 """nntr_config.json: how a model is run."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,13 @@ from causallm.config.fields import DTYPES, Fields
 MODEL_TYPES = ("CausalLM", "embedding")
 FLOAT_NAMES = ("FP32", "FP16", "BF16")
 QUANTIZED = ("Q4_0", "Q4_K", "Q6_K", "Q8_0")
+CACHE_DTYPES = {**DTYPES, "int8": torch.int8, "INT8": torch.int8}
+HEAD_CACHE_KEYS = ("pre_computed_cache_path", "sys_prompt_token_size")
 
 KEYS = frozenset(
     "model_type model_tensor_type model_file_name embedding_dtype lmhead_dtype fc_layer_dtype lora_rank lora_alpha "
     "lora_target bad_word_ids fsu fsu_lookahead num_to_generate init_seq_len max_seq_len batch_size tokenizer_file "
-    "sample_input is_causal system_prompt hf_repo".split()
+    "sample_input is_causal system_prompt hf_repo kv_cache_dtype".split()
 )
 
 
@@ -25,8 +27,9 @@ class RuntimeConfig:
     """The content of nntr_config.json; None leaves a choice to the model's other files.
 
     init_seq_len is the number of prompt tokens taken in one step, max_seq_len the context in tokens, batch_size how
-    many prompts run together. dtype is that of activations and the cache, the other dtypes those of weights; weights
-    to be packed have a format, one of `QUANTIZED`, instead.
+    many prompts run together. dtype is that of activations and, but for kv_cache_dtype, of the cache, the other dtypes
+    those of weights; weights to be packed have a format, one of `QUANTIZED`, instead. head_cache_path names the file
+    that keeps head_prompt's keys and values, head_cache_size how many tokens of it at most.
     """
 
     model_type: str = "CausalLM"
@@ -48,6 +51,9 @@ class RuntimeConfig:
     is_causal: bool | None = None
     head_prompt: str = ""
     tail_prompt: str = ""
+    head_cache_path: str | None = None
+    head_cache_size: int | None = None
+    kv_cache_dtype: torch.dtype | None = None
     hf_repo: str | None = None
 
     @classmethod
@@ -65,7 +71,7 @@ class RuntimeConfig:
         linear = _weight_type(fields, "fc_layer_dtype") or weights
         embedding = _weight_type(fields, "embedding_dtype") or weights
         head = _weight_type(fields, "lmhead_dtype") or embedding
-        system = Fields(fields.raw("system_prompt", {}), f"{source}: system_prompt")
+        system, head_cache = _system_prompt(fields)
         return cls(
             model_type="embedding" if model_type.lower() == "embedding" else "CausalLM",
             model_file_name=fields.text("model_file_name") or None,
@@ -86,6 +92,9 @@ class RuntimeConfig:
             is_causal=None if fields.raw("is_causal") is None else fields.boolean("is_causal", True),
             head_prompt=system.text("head_prompt"),
             tail_prompt=system.text("tail_prompt"),
+            head_cache_path=head_cache.text("pre_computed_cache_path") or None,
+            head_cache_size=head_cache.optional_integer("sys_prompt_token_size", minimum=1),
+            kv_cache_dtype=_cache_dtype(fields),
             hf_repo=fields.text("hf_repo") or None,
         )
 
@@ -118,15 +127,29 @@ def _refuse_later_work(fields: Fields) -> None:
             "the whole model is loaded",
             stacklevel=4,
         )
-    system = fields.raw("system_prompt", {})
-    if not isinstance(system, dict):
-        raise fields.wrong("system_prompt", "an object with head_prompt and tail_prompt")
-    unknown = sorted(set(system) - {"head_prompt", "tail_prompt", "kvcache"})
+
+
+def _cache_dtype(fields: Fields) -> torch.dtype | None:
+    name = fields.text("kv_cache_dtype")
+    if name and name not in CACHE_DTYPES:
+        raise fields.wrong("kv_cache_dtype", f"one of {', '.join(CACHE_DTYPES)}")
+    return CACHE_DTYPES.get(name)
+
+
+def _system_prompt(fields: Fields) -> tuple[Fields, Fields]:
+    """The keys of system_prompt, and those of its kvcache; an unknown one is a ValueError."""
+    system = _object(fields, "system_prompt", ("head_prompt", "tail_prompt", "kvcache"))
+    head_cache = _object(system, "kvcache", HEAD_CACHE_KEYS)
+    if head_cache.content and not head_cache.text("pre_computed_cache_path"):
+        raise ValueError(f"{head_cache.source}: pre_computed_cache_path is missing, expected the cache's file")
+    return system, head_cache
+
+
+def _object(fields: Fields, key: str, known: Sequence[str]) -> Fields:
+    content = fields.raw(key, {})
+    if not isinstance(content, dict):
+        raise fields.wrong(key, f"an object with {' and '.join(known)}")
+    unknown = sorted(set(content) - set(known))
     if unknown:
-        raise ValueError(f"{fields.source}: system_prompt: unknown key '{unknown[0]}'")
-    if system.get("kvcache"):
-        warnings.warn(
-            f"{fields.source}: system_prompt.kvcache is not acted on: prompt caches on disk are not supported yet, "
-            "the prompt is computed afresh",
-            stacklevel=4,
-        )
+        raise ValueError(f"{fields.source}: {key}: unknown key '{unknown[0]}'; known are: {', '.join(known)}")
+    return Fields(content, f"{fields.source}: {key}")

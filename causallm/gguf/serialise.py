@@ -16,8 +16,8 @@ SIGNED = frozenset({"general.sampling.top_k"})
 def header(metadata: Mapping[str, Any], tensors: Sequence[tuple[str, Sequence[int], str, int]]) -> bytes:
     """The header, filled up to where the tensors start.
 
-    A value is a bool, a whole number (32 bits), a float (32 bits), a text, or a list of one of these. tensors: name,
-    shape in torch's order, ggml's type, and bytes of each, in the order in which they follow.
+    A value is a bool, a whole number (32 bits), a float (32 bits), a text, or a list of one of these, an empty one of
+    texts. tensors: name, shape in torch's order, ggml's type, and bytes of each, in the order in which they follow.
     """
     parts = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(metadata))]
     for key, value in metadata.items():
@@ -44,7 +44,7 @@ def _text(text: str) -> bytes:
 
 def _value(value: Any, signed: bool) -> bytes:
     if isinstance(value, list):
-        kind = _kind(value[0], signed=True)
+        kind = _kind(value[0], signed=True) if value else STRING
         body = b"".join(map(_text, value)) if kind == STRING else struct.pack(f"<{len(value)}{SCALARS[kind]}", *value)
         return struct.pack("<IIQ", ARRAY, kind, len(value)) + body
     kind = _kind(value, signed)

@@ -101,9 +101,9 @@ def _byte_level(content: Mapping[str, Any], merges: Sequence[tuple[str, ...]]) -
         and (content["normalizer"] or {}).get("type") == ("NFC" if name in pretokenizers.COMPOSED else None)
         and content["model"]["ignore_merges"] == (name in pretokenizers.WHOLE_WORDS)
     )
+    # llama.cpp refuses a file without the list, be it empty.
     pairs = [" ".join(merge) for merge in merges]
-    keys = {START + "model": "gpt2", START + "pre": name or "default", **({START + "merges": pairs} if pairs else {})}
-    return keys, exact
+    return {START + "model": "gpt2", START + "pre": name or "default", START + "merges": pairs}, exact
 
 
 def _splits(pre_tokenizer: Mapping[str, Any] | None) -> tuple[str, ...] | None:

@@ -159,7 +159,10 @@ def _end(path: Path, name: str, entry: Mapping[str, Any]) -> int:
     """Where a tensor's bytes end; ValueError where its shape and dtype do not fill them."""
     if entry["dtype"] not in DTYPES:
         raise ValueError(f"{path}: tensor {name} has dtype {entry['dtype']}, known are {', '.join(DTYPES)}")
-    begin, end = entry["data_offsets"]
+    offsets = entry["data_offsets"]
+    if len(offsets) != 2 or not all(isinstance(number, int) for number in (*offsets, *entry["shape"])):
+        raise TypeError(f"tensor {name} has no two offsets or no whole numbers")
+    begin, end = offsets
     needed = math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize
     if begin < 0 or end - begin != needed:
         raise ValueError(f"{path}: tensor {name} has {end - begin} bytes, its shape and dtype need {needed}")
