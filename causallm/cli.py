@@ -1,9 +1,12 @@
 """The command line: a table of verbs, imported when used, and one way to report a user's mistakes."""
 
 import argparse
+import difflib
 import importlib
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -37,6 +40,9 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0, 2 for a user's mistake, 130 when interrupted."""
     keep_freed_memory()
+    if threading.current_thread() is threading.main_thread():
+        # So that what is cleaned up after Ctrl-C is so after a kill, too.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     return reporting_errors(lambda: _execute(arguments))
 
@@ -50,6 +56,8 @@ def _execute(arguments: list[str]) -> int:
     verb = "run"
     if arguments and arguments[0] in VERBS:
         verb = arguments.pop(0)
+    elif arguments:
+        _check_verb(arguments[0])
     command = importlib.import_module(f"causallm.commands.{verb}")
     parser = Parser(
         "main.py" if verb == "run" else f"main.py {verb}",
@@ -60,6 +68,13 @@ def _execute(arguments: list[str]) -> int:
     command.add_arguments(parser)
     # Intermixed: an optional prompt may stand after options, which the ordinary way would not find any more.
     return command.execute(parser.parse_intermixed_args(arguments))
+
+
+def _check_verb(word: str) -> None:
+    """ValueError for what can only be a verb mistyped: it is like one and names no model."""
+    like = difflib.get_close_matches(word, VERBS, 1)
+    if like and "/" not in word and not os.path.exists(word):
+        raise ValueError(f"there is neither a verb nor a model '{word}', did you mean {like[0]}?")
 
 
 def reporting_errors(work: Callable[[], int]) -> int:
@@ -76,7 +91,7 @@ def reporting_errors(work: Callable[[], int]) -> int:
             _drop_unwritable_output()
             return 1
         except (ValueError, OSError) as error:
-            print(f"error: {_one_line(error)}", file=sys.stderr)
+            print(f"error: {_one_line(_described(error))}", file=sys.stderr)
             _drop_unwritable_output()
             return 2
 
@@ -87,6 +102,13 @@ def _drop_unwritable_output() -> None:
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _described(error: Exception) -> object:
+    """The system's own errors as file and reason, without a number."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return error
 
 
 def _one_line(message: object) -> str:

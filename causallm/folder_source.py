@@ -22,6 +22,10 @@ class FolderSource(ModelSource):
     def config_json(self) -> dict[str, Any]:
         """The error for a missing file says how to fetch the model where it can be."""
         if not self.path.is_dir():
+            if self.path.is_file():
+                raise ValueError(
+                    f"{self.path} is a file, expected a model folder (its own: {self.path.parent}) or a .gguf"
+                )
             raise FileNotFoundError(f"there is no model folder {self.path}")
         if (self.path / "config.json").is_file():
             return read_json(self.path / "config.json")

@@ -57,6 +57,11 @@ class KVCache:
         """Of the keys and values."""
         return self._keys.dtype
 
+    def holds(self, batch: int, kv_heads: int, head_dim: int) -> bool:
+        """Whether keys and values are of these sizes, in the CPU's memory."""
+        held = self._keys.shape
+        return self._keys.is_cpu and (held[0], held[1], held[3]) == (batch, kv_heads, head_dim)
+
     @property
     def nbytes(self) -> int:
         """Bytes held, in use or not."""
@@ -150,6 +155,9 @@ class StaticKVCache(KVCache):
     @property
     def limit(self) -> int:  # type: ignore[override]
         return self._keys.shape[2]
+
+    def takes(self, time: int) -> bool:
+        return self.offset + time <= self._keys.shape[2]
 
     def _reserve(self, columns: int) -> None:
         if columns > self._keys.shape[2]:

@@ -361,7 +361,7 @@ def test_a_damaged_folder_is_one_line(
     [
         ("MODEL", "no prompt was given, and nntr_config.json has no sample_input"),
         ("missing x", "there is no model folder missing"),
-        ("MODEL x --prompt-file missing.txt", "No such file or directory: 'missing.txt'"),
+        ("MODEL x --prompt-file missing.txt", "missing.txt: No such file or directory"),
         ("MODEL --prompt-file MODEL/model.safetensors", "model.safetensors is not UTF-8 text at byte"),
         ("MODEL --prompt-file /dev/null", "the prompt is empty"),
         ("MODEL --prompt=", "the prompt is empty"),

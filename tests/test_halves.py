@@ -1,6 +1,8 @@
 """Halves of decoder blocks in one native call: what they give, and that they serve only while nothing has changed."""
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from causallm.weights.loader import load_weights
 from causallm.weights.open import open_weights
 from layers.kernels import halves, native
 from layers.linear import FullyConnected
+from layers.packed import PackedLinear
+from layers.swiglu import SwiGLU
 
 pytestmark = needs_kernels
 
@@ -294,6 +298,127 @@ def test_copies_and_casts_are_models_of_their_own(folders: Any, calls: Calls) ->
     assert difference(steps(twin, (5, 1)), before) > 1e-3
     assert torch.equal(steps(model, (5, 1)), before)
     model.double().float()
+    assert difference(steps(model, (5, 1)), before) < TOLERANCE
+
+
+@pytest.mark.usefixtures("untyped")
+def test_sizes_that_do_not_match_are_torchs_errors(folders: Any, calls: Calls) -> None:
+    model, other = load(folders("qwen3")), load(folders("llama MQA"))
+    steps(model, (3, 1))
+    ids = torch.randint(0, 97, (4, 1))
+    for cache in (model.make_cache(1), other.make_cache(4), model.make_cache(4)[:1]):
+        with pytest.raises((RuntimeError, IndexError, ValueError)), torch.inference_mode():
+            model(ids, cache)
+    with pytest.raises(RuntimeError), torch.inference_mode():
+        model(ids, model.make_cache(4), padding=torch.tensor([0, 1]))
+
+
+def test_a_full_cache_is_an_error_before_anything_is_done(folders: Any, calls: Calls) -> None:
+    model = load(folders("qwen3"))
+    cache = model.make_cache(1, 5)
+    ids = torch.randint(0, 97, (1, 5))
+    with torch.inference_mode():
+        model(ids, cache)
+        counted = calls.halves
+        with pytest.raises(ValueError, match="5 positions"):
+            model(ids[:, :1], cache)
+    assert calls.halves == counted
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
+def test_fp16_activations_over_packed_weights(name: str, folders: Any, calls: Calls) -> None:
+    model = load(folders(name), fc_layer_dtype="Q8_0", model_tensor_type="Q8_0-FP16")
+    calls.allowed = False
+    usual = steps(model, (12, 1, 1))
+    calls.allowed = True
+    found = steps(model, (12, 1, 1))
+    assert found.dtype == torch.float16
+    assert difference(found.float(), usual.float()) < 0.05
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt-oss"])
+def test_a_model_is_freed(name: str, folders: Any, calls: Calls) -> None:
+    model = load(folders(name))
+    steps(model, (12, 1))
+    block = weakref.ref(model.layers[0])
+    del model
+    gc.collect()
+    assert block() is None
+
+
+def pruned(model: Any) -> None:
+    mlp = model.layers[0].mlp
+    for layer in (mlp.gate_proj, mlp.up_proj):
+        layer.weight = nn.Parameter(layer.weight[:32].clone(), requires_grad=False)
+    mlp.down_proj.weight = nn.Parameter(mlp.down_proj.weight[:, :32].clone(), requires_grad=False)
+
+
+def transposed(model: Any) -> None:
+    for block in model.layers:
+        block.self_attn.k_proj.weight.data = block.self_attn.k_proj.weight.data.t()
+
+
+def another_scale(model: Any) -> None:
+    model.layers[0].self_attn.core.scale *= 4
+
+
+def another_epsilon(model: Any) -> None:
+    model.layers[0].input_layernorm.epsilon = 1.0
+
+
+def own_forward(model: Any) -> None:
+    layer = model.layers[0].mlp.up_proj
+    layer.forward = lambda x: 2 * type(layer).forward(layer, x)
+
+
+def strided_norm(model: Any) -> None:
+    norm = model.layers[0].input_layernorm
+    norm.weight.data = norm.weight.data.repeat_interleave(2).mul_(torch.arange(len(norm.weight) * 2) % 7)[::2]
+
+
+def more_experts(model: Any) -> None:
+    for layer_id in (0, 2):
+        model.layers[layer_id].mlp.num_chosen = 4
+
+
+def other_activation(model: Any) -> None:
+    for expert in list(model.layers[0].mlp.experts)[1:]:
+        expert.activation = SwiGLU("gelu_pytorch_tanh")
+
+
+CHANGES += [pruned, transposed, another_scale, another_epsilon, own_forward, strided_norm]
+EXPERT_CHANGES += [more_experts, other_activation]
+
+
+@pytest.mark.parametrize("change", [*CHANGES[8:], *EXPERT_CHANGES[4:]])
+def test_a_change_of_another_kind_is_noticed(change: Callable[[Any], None], folders: Any, calls: Calls) -> None:
+    test_a_change_is_noticed(change, folders, calls)
+
+
+def test_global_hooks_see_everything(folders: Any, calls: Calls) -> None:
+    model = load(folders("qwen3"))
+    before = steps(model, (5, 1))
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: output * 2 if isinstance(module, SwiGLU) else None
+    )
+    try:
+        assert difference(steps(model, (5, 1)), before) > 1e-3
+    finally:
+        hook.remove()
+
+
+def test_experts_packed_in_part(folders: Any, calls: Calls) -> None:
+    model = load(folders("qwen3-moe"))
+    for expert in list(model.layers[0].mlp.experts)[1:]:
+        expert.up_proj = PackedLinear.from_float(expert.up_proj.weight)
+    fused, alone = both(model, calls, (5, *(1,) * 4))
+    assert difference(fused, alone) < 1e-2
+
+
+def test_a_layer_of_doubles_is_left_to_torch(folders: Any, calls: Calls) -> None:
+    model = load(folders("qwen3"))
+    before = steps(model, (5, 1))
+    model.layers[0].mlp.up_proj.double()
     assert difference(steps(model, (5, 1)), before) < TOLERANCE
 
 

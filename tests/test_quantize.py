@@ -124,7 +124,7 @@ def test_verify_prints_errors_perplexity_and_divergence(source: Path, tmp_path: 
     out = tmp_path / "packed"
     assert main(["quantize", str(source), "-o", str(out), "--fc_dtype", "Q8_0", "--verify", "--text", str(text)]) == 0
     printed = capsys.readouterr().out
-    assert "15 in Q8_0 of 15 packed weights" in printed
+    assert "packed: 15 in Q8_0" in printed
     assert "perplexity: " in printed
     kl = float(printed.split("KL divergence: ")[1].split()[0])
     assert 0 < kl < 0.01

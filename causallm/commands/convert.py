@@ -44,7 +44,12 @@ def execute(args: argparse.Namespace) -> int:
     limit = parse_size("--max-shard-size", args.max_shard_size)
     source, output = resolve_model(args.model, args.revision), Path(args.output)
     run_conversion(source, output, args.to, args.dtype, limit)
+    print(f"{output}: {_size(output) / 1e6:.1f} MB")
     return 0
+
+
+def _size(output: Path) -> int:
+    return sum(file.stat().st_size for file in output.rglob("*")) if output.is_dir() else output.stat().st_size
 
 
 def run_conversion(

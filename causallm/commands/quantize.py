@@ -43,6 +43,8 @@ def execute(args: argparse.Namespace) -> int:
     if args.text and not args.verify:
         raise ValueError("--text belongs to --verify")
     text = Path(args.text).read_text(encoding="utf-8") if args.text else None
+    if text is not None and not text.strip():
+        raise ValueError(f"--text: {args.text} is empty, expected some text to compare on")
     load_plugins(args)
     source, output = resolve_model(args.model, args.revision), Path(args.output)
     with tqdm(desc=f"writing {output}", unit="B", unit_scale=True, disable=None) as bar:
@@ -62,8 +64,8 @@ def execute(args: argparse.Namespace) -> int:
             notice=lambda line: print(line, file=sys.stderr),
         )
     kinds = list(formats.values())
-    counts = ", ".join(f"{kinds.count(kind)} in {kind}" for kind in dict.fromkeys(kinds)) or "none"
-    print(f"{output}: {counts} of {len(kinds)} packed weights")
+    counts = ", ".join(f"{kinds.count(kind)} in {kind}" for kind in dict.fromkeys(kinds)) or "no weight packed"
+    print(f"{output}: {counts}")
     if args.verify:
         _verify(source, output, text)
     return 0

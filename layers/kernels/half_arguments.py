@@ -1,16 +1,20 @@
 """What half_arguments.h asks for, taken from modules: the parts of a decoder block's half as addresses and numbers."""
 
 import ctypes
+from collections.abc import Callable
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from layers.activation import ACTIVATIONS
 from layers.expert_store import ResidentExperts
+from layers.kernels.block_formats import BLOCK_FORMATS
 from layers.kernels.native import FLOATS, KINDS, Address, Size
 from layers.linear import FullyConnected
 from layers.mha_core import MHACore
 from layers.packed import PackedLinear
+from layers.qwen_moe import QwenMoe
 from layers.reshaped_rms_norm import OffsetReshapedRMSNorm, ReshapedRMSNorm
 from layers.rms_norm import OffsetRMSNorm, RMSNorm
 from layers.swiglu import SwiGLU
@@ -28,6 +32,13 @@ PARTS = {
     MLP: ("gate_proj", "up_proj", "down_proj", "activation"),
     MOE: ("gate", "experts"),
 }
+NUMBERS: dict[type[nn.Module], Callable[[Any], Any]] = {
+    MHACore: attrgetter("num_heads", "num_kv_heads", "head_dim", "scale", "score_softcap"),
+    SwiGLU: attrgetter("activation"),
+    QwenMoe: attrgetter("num_chosen", "norm_topk_prob"),
+    **{kind: attrgetter("epsilon") for kind in (*BLOCK_NORMS, *HEAD_NORMS)},
+}
+"""What the arguments hold of a module besides its weights."""
 MOST_CHOSEN = 64
 """Experts of one token in experts.h."""
 
@@ -143,17 +154,18 @@ def half_arguments(half: Half, alive: list[Any]) -> HalfArguments:
 def _attention_arguments(half: Half) -> _AttentionHalf:
     attention: Any = half.body
     core = attention.core
-    if type(core) is not MHACore or core.head_dim % 16:
+    if type(core) is not MHACore or core.head_dim % 16 or core.num_heads % core.num_kv_heads:
         raise UnknownPartError
-    first = [_layer(layer) for layer in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    dim, queries, keys = _width(half.norm), core.num_heads * core.head_dim, core.num_kv_heads * core.head_dim
+    key, value = (_layer(layer, keys, dim) for layer in (attention.k_proj, attention.v_proj))
     return _AttentionHalf(
-        norm=_norm(half.norm, BLOCK_NORMS),
+        norm=_norm(half.norm, BLOCK_NORMS, dim),
         query_norm=_norm(attention.q_norm, HEAD_NORMS, core.head_dim),
         key_norm=_norm(attention.k_norm, HEAD_NORMS, core.head_dim),
-        post_norm=_norm(half.post_norm, BLOCK_NORMS),
-        first=(_Layer * 3)(*first),
-        last=_layer(attention.o_proj),
-        sinks=_stored(attention._parameters["sinks"]),
+        post_norm=_norm(half.post_norm, BLOCK_NORMS, dim),
+        first=(_Layer * 3)(_layer(attention.q_proj, queries, dim), key, value),
+        last=_layer(attention.o_proj, dim, queries),
+        sinks=_stored(attention._parameters["sinks"], core.num_heads),
         heads=core.num_heads,
         kv_heads=core.num_kv_heads,
         head_dim=core.head_dim,
@@ -164,11 +176,12 @@ def _attention_arguments(half: Half) -> _AttentionHalf:
 
 def _mlp_arguments(half: Half) -> _MlpHalf:
     mlp: Any = half.body
+    dim, hidden = _width(half.norm), mlp.down_proj.in_features
     return _MlpHalf(
-        norm=_norm(half.norm, BLOCK_NORMS),
-        post_norm=_norm(half.post_norm, BLOCK_NORMS),
-        first=(_Layer * 2)(_layer(mlp.gate_proj), _layer(mlp.up_proj)),
-        last=_layer(mlp.down_proj),
+        norm=_norm(half.norm, BLOCK_NORMS, dim),
+        post_norm=_norm(half.post_norm, BLOCK_NORMS, dim),
+        first=(_Layer * 2)(_layer(mlp.gate_proj, hidden, dim), _layer(mlp.up_proj, hidden, dim)),
+        last=_layer(mlp.down_proj, dim, hidden),
         activation=_activation(mlp.activation),
     )
 
@@ -179,20 +192,30 @@ def _moe_arguments(half: Half, alive: list[Any]) -> _MoeHalf:
     if type(experts) is not ResidentExperts or any(type(expert) is not half.expert_type for expert in experts):
         raise UnknownPartError
     members: list[Any] = list(experts)
-    layers = [_layer(part) for one in members for part in (one.gate_proj, one.up_proj, one.down_proj)]
-    if moe.num_chosen > MOST_CHOSEN or len({(one.rows, one.columns, one.kind) for one in layers}) > 2:
+    dim, hidden = _width(half.norm), members[0].down_proj.in_features
+    layers = []
+    for one in members:
+        layers += [
+            _layer(one.gate_proj, hidden, dim),
+            _layer(one.up_proj, hidden, dim),
+            _layer(one.down_proj, dim, hidden),
+        ]
+    # The first expert tells whether rows are rounded for all.
+    alike = all(len({one.kind for one in layers[role::3]}) == 1 for role in range(3))
+    activations = {_activation(one.activation) for one in members}
+    if not 0 < moe.num_chosen <= min(MOST_CHOSEN, len(members)) or not alike or len(activations) > 1:
         raise UnknownPartError
     table = (_Layer * len(layers))(*layers)
     alive.append(table)
     return _MoeHalf(
-        norm=_norm(half.norm, BLOCK_NORMS),
-        post_norm=_norm(half.post_norm, BLOCK_NORMS),
-        router=_layer(moe.gate),
+        norm=_norm(half.norm, BLOCK_NORMS, dim),
+        post_norm=_norm(half.post_norm, BLOCK_NORMS, dim),
+        router=_layer(moe.gate, len(members), dim),
         experts=ctypes.addressof(table),
-        count=len(experts),
+        count=len(members),
         chosen=moe.num_chosen,
         normalised=moe.norm_topk_prob,
-        activation=_activation(members[0].activation),
+        activation=activations.pop(),
     )
 
 
@@ -204,24 +227,37 @@ def _activation(activation: nn.Module) -> int:
     return ACTIVATION_CODES[id(activation.activation)]
 
 
-def _stored(tensor: Tensor | None) -> _Stored:
-    return _Stored() if tensor is None else _Stored(tensor.data_ptr(), CODES[tensor.dtype])
+def _width(norm: Any) -> int:
+    if not isinstance(norm, RMSNorm):
+        raise UnknownPartError
+    return norm.weight.shape[0]
 
 
-def _layer(module: nn.Module) -> _Layer:
+def _stored(tensor: Tensor | None, count: int) -> _Stored:
+    if tensor is None:
+        return _Stored()
+    if tensor.shape != (count,) or tensor.dtype not in CODES or not tensor.is_contiguous():
+        raise UnknownPartError
+    return _Stored(tensor.data_ptr(), CODES[tensor.dtype])
+
+
+def _layer(module: nn.Module, rows: int, columns: int) -> _Layer:
     if not isinstance(module, FullyConnected | PackedLinear) or type(module) not in (FullyConnected, PackedLinear):
         raise UnknownPartError
-    if not module.weight.is_contiguous():
+    weight = module.weight
+    if isinstance(module, PackedLinear):
+        kind, width = module.kind, BLOCK_FORMATS[module.kind].row_bytes(columns)
+    else:
+        kind, width = FLOATS.get(weight.dtype, ""), columns
+    if kind not in KINDS or weight.shape != (rows, width) or not weight.is_contiguous():
         raise UnknownPartError
-    kind = module.kind if isinstance(module, PackedLinear) else FLOATS[module.weight.dtype]
-    size = module.out_features, module.in_features
-    return _Layer(module.weight.data_ptr(), _stored(module.bias), *size, KINDS[kind])
+    return _Layer(weight.data_ptr(), _stored(module.bias, rows), rows, columns, KINDS[kind])
 
 
-def _norm(module: nn.Module | None, kinds: tuple[type[RMSNorm], ...], dim: int | None = None) -> _Norm:
+def _norm(module: nn.Module | None, kinds: tuple[type[RMSNorm], ...], dim: int) -> _Norm:
     """An absent norm has no weight."""
     if module is None or type(module) is nn.Identity:
         return _Norm()
-    if type(module) not in kinds or not isinstance(module, RMSNorm) or (dim and module.weight.shape[0] != dim):
+    if type(module) not in kinds or not isinstance(module, RMSNorm) or not isinstance(module.epsilon, float):
         raise UnknownPartError
-    return _Norm(_stored(module.weight), module.epsilon, float(isinstance(module, OffsetRMSNorm)))
+    return _Norm(_stored(module.weight, dim), module.epsilon, float(isinstance(module, OffsetRMSNorm)))

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from operator import attrgetter
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from layers.kernels import native
 from layers.kernels.half_arguments import (
@@ -24,6 +25,7 @@ from layers.kernels.half_arguments import (
     CODES,
     MLP,
     MOE,
+    NUMBERS,
     Half,
     HalfArguments,
     Tokens,
@@ -39,11 +41,15 @@ from layers.step import Step
 
 FEW_TOKENS = 8
 """Rows up to which reading the weights is what a product costs."""
+COURSE = "_native_course"
 DTYPE = attrgetter("dtype")
 
 
 class _Course:
-    """The arguments of several halves, None where the kernels do not know a part, and what they were made from."""
+    """The arguments of several halves, None where the kernels do not know a part, and what they were made from.
+
+    It is kept in its owner's `__dict__`, to go when that goes; a copy of the owner makes its own.
+    """
 
     def __init__(self, owner: nn.Module, halves: Sequence[Half], wary: bool = False):
         modules = list(dict.fromkeys([owner, *(module for half in halves for module in half.modules())]))
@@ -55,15 +61,43 @@ class _Course:
         self._members, self._ids = _contents(self._children), list(map(id, _contents(self._parameters)))
         self._held = [tensor for tensor in _contents(self._parameters) if tensor is not None]
         self._addresses = list(map(Tensor.data_ptr, self._held))
-        self._dtypes = list(map(DTYPE, self._held))
+        self._dtypes, self._sizes = list(map(DTYPE, self._held)), list(map(Tensor.numel, self._held))
+        self._dictionaries = [module.__dict__ for module in modules]
+        self._numbered = [(NUMBERS[type(module)], module) for module in modules if type(module) in NUMBERS]
+        self._numbers = [numbers(module) for numbers, module in self._numbered]
+        self.attentions: list[Any] = [half.body._modules["core"] for half in halves if half.kind == ATTENTION]
         self._experts = [_Experts(half.experts()) for half in halves if half.kind == MOE]
         floats = {*self._dtypes, *(dtype for experts in self._experts for dtype in experts.dtypes)} - {torch.uint8}
         self._dtype = floats.pop() if len(floats) == 1 else None
         # For many tokens the products are torch's, in bf16: right where the weights are, or are rounded more than that.
         layers = [layer for half in halves for layer in half.modules() if half.kind in (ATTENTION, MLP)]
         weights = {layer.weight.dtype for layer in layers if isinstance(layer, FullyConnected | PackedLinear)}
-        self.suits_prompts = weights <= {torch.bfloat16, torch.uint8} and multiplies_bf16_fast()
+        self.suits_prompts = (
+            weights <= {torch.bfloat16, torch.uint8}
+            and self._dtype in (torch.float32, torch.bfloat16)
+            and multiplies_bf16_fast()
+        )
         self._arguments, self._alive = _made(halves)
+        norm: Any = halves[0].norm if halves else None
+        self._dim = norm.weight.shape[0] if self._arguments is not None else 0
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
+    def serves(self, x: Tensor, step: Step, caches: Sequence[KVCache]) -> bool:
+        """Whether x, the step and the caches have the sizes that the halves are for; where not, torch tells."""
+        batch, time, dim = x.shape
+        return (
+            self._arguments is not None
+            and len(caches) == len(self.attentions)
+            and dim == self._dim
+            and step.positions.shape[0] in (1, batch)
+            and step.positions.shape[1] == time
+            and all(
+                cache.dtype in CODES and cache.takes(time) and cache.holds(batch, core.num_kv_heads, core.head_dim)
+                for cache, core in zip(caches, self.attentions, strict=True)
+            )
+        )
 
     def stands(self) -> bool:
         """Whether parts, parameters and their memory are still those that the arguments were made from."""
@@ -72,11 +106,15 @@ class _Course:
             and list(map(id, _contents(self._parameters))) == self._ids
             and list(map(Tensor.data_ptr, self._held)) == self._addresses
             and list(map(DTYPE, self._held)) == self._dtypes
+            and list(map(Tensor.numel, self._held)) == self._sizes
+            and [numbers(module) for numbers, module in self._numbered] == self._numbers
         )
 
     def arguments(self, dtype: torch.dtype) -> Any:
         """A copy to complete for one call; None where the modules must be called one by one."""
         if self._arguments is None or any(self._hooks) or dtype != self._dtype:
+            return None
+        if not all(map(Tensor.is_contiguous, self._held)) or any("forward" in held for held in self._dictionaries):
             return None
         if self._wary:
             # Something was changed in an expert: what a hook there sees must not come from a call that is undone.
@@ -115,6 +153,7 @@ class _Experts:
         self._parameters = [[part._parameters for part in parts if part._parameters] for parts in modules]
         self._held = [self._tensors(number) for number in range(len(experts))]
         self._addresses = [list(map(Tensor.data_ptr, held)) for held in self._held]
+        self._sizes = [list(map(Tensor.numel, held)) for held in self._held]
         self._alive = [tensor.detach() for held in self._held for tensor in held]
         self.dtypes = {tensor.dtype for held in self._held for tensor in held}
 
@@ -130,7 +169,10 @@ class _Experts:
             children, before = self._children[number]
             if any(self._hooks[number]) or list(children.values()) != before:
                 return False
-            if list(map(Tensor.data_ptr, self._tensors(number))) != self._addresses[number]:
+            now = self._tensors(number)
+            if list(map(Tensor.data_ptr, now)) != self._addresses[number] or not all(map(Tensor.is_contiguous, now)):
+                return False
+            if list(map(Tensor.numel, now)) != self._sizes[number]:
                 return False
         return True
 
@@ -154,9 +196,6 @@ def _made(halves: Sequence[Half]) -> tuple[Any, list[Any]]:
         return None, alive
 
 
-_courses: WeakKeyDictionary[nn.Module, _Course] = WeakKeyDictionary()
-
-
 def run_halves(
     owner: nn.Module,
     halves: Callable[[], Sequence[Half]],
@@ -169,13 +208,12 @@ def run_halves(
     None, and nothing done, where the kernels do not serve. `halves` is asked once for an `owner`, and again when one of
     the modules has changed.
     """
-    if caches is None or not _serves(x) or not all(cache.takes(x.shape[1]) for cache in caches):
+    if caches is None or not _serves(x):
         return None
-    course = _courses.get(owner)
+    course = owner.__dict__.get(COURSE)
     if course is None or not course.stands():
-        course = _courses[owner] = _Course(owner, halves())
-    arguments = course.arguments(x.dtype)
-    if arguments is None or any(cache.dtype not in CODES for cache in caches):
+        course = owner.__dict__[COURSE] = _Course(owner, halves())
+    if not course.serves(x, step, caches) or (arguments := course.arguments(x.dtype)) is None:
         return None
     if x.shape[0] * x.shape[1] > FEW_TOKENS:
         return prompt_through_halves(course.halves, arguments, x, step, caches) if course.suits_prompts else None
@@ -190,7 +228,7 @@ def run_halves(
     if not course.chosen_stand(choices):
         for cache in caches:
             cache.give_back(x.shape[1])
-        _courses[owner] = _Course(owner, halves(), wary=True)
+        owner.__dict__[COURSE] = _Course(owner, halves(), wary=True)
         return run_halves(owner, halves, x, step, caches)
     return out
 
@@ -203,5 +241,7 @@ def _serves(x: Tensor) -> bool:
         and not (x.requires_grad and torch.is_grad_enabled())
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
+        and not (_global_forward_hooks or _global_forward_pre_hooks)
+        and _get_current_dispatch_mode() is None
         and native.library() is not None
     )

@@ -28,7 +28,7 @@ SIGNATURES: dict[str, tuple[object, list[object]]] = {
         ctypes.c_int,
         [Address, Address, ctypes.c_int, Size, Size, Address, ctypes.c_int, ctypes.c_int],
     ),
-    "causallm_gate": (None, [ctypes.c_int, Address, Address, Size, Address, ctypes.c_int, ctypes.c_int]),
+    "causallm_gate": (ctypes.c_int, [ctypes.c_int, Address, Address, Size, Address, ctypes.c_int, ctypes.c_int]),
     "causallm_turn": (
         ctypes.c_int,
         [Address, Address, Address, Address, ctypes.c_int, Size, Size, Address, ctypes.c_int],
@@ -79,13 +79,14 @@ def normalise(norm: ctypes.Structure, x: Tensor, out: Tensor) -> None:
     if _loaded().causallm_normalise(
         ctypes.byref(norm), x.data_ptr(), kinds[0], x.numel() // width, width, out.data_ptr(), kinds[1], threads()
     ):
-        raise ValueError(f"rows of {width} values are wider than the kernels normalise")
+        raise MemoryError(f"no memory for the norm of rows of {width}")
 
 
 def gate(activation: int, gate: Tensor, up: Tensor, out: Tensor) -> None:
     """activation(gate) * up into `out`, all contiguous and of one dtype; `activation` as in struct mlp_half."""
     addresses = gate.data_ptr(), up.data_ptr(), gate.numel(), out.data_ptr()
-    _loaded().causallm_gate(activation, *addresses, KINDS[FLOATS[gate.dtype]], threads())
+    if _loaded().causallm_gate(activation, *addresses, KINDS[FLOATS[gate.dtype]], threads()):
+        raise MemoryError("no memory for an activation")
 
 
 def turn(half: ctypes.Structure, query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:
@@ -93,7 +94,7 @@ def turn(half: ctypes.Structure, query: Tensor, key: Tensor, value: Tensor, out:
     addresses = [part.data_ptr() for part in (query, key, value)]
     kind, (batch, time) = KINDS[FLOATS[query.dtype]], query.shape[:2]
     if _loaded().causallm_turn(ctypes.byref(half), *addresses, kind, batch, time, out.data_ptr(), threads()):
-        raise ValueError(f"heads of {out.shape[-1]} values are wider than the kernels take")
+        raise MemoryError(f"no memory for heads of {out.shape[-1]}")
 
 
 def _loaded() -> ctypes.CDLL:

@@ -74,7 +74,7 @@ def complete(argument: Any, cache: KVCache, core: Any, step: Step, x: Tensor) ->
     argument.value_row, argument.value_head, argument.value_step, _ = values.stride()
     argument.cache_kind, argument.past, argument.slot = CODES[keys.dtype], room.past, room.slot
     cosines, sines = step.rotary(core.rope)
-    if x.dtype != torch.float32:
+    if cosines.dtype != torch.float32:
         cosines, sines = cosines.float(), sines.float()
     argument.cosines, argument.sines = cosines.data_ptr(), sines.data_ptr()
     argument.table_row = 0 if cosines.shape[0] == 1 else cosines.stride(0)
