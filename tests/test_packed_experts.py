@@ -157,7 +157,7 @@ def test_verify_and_inspect_know_packed_experts(tmp_path: Path, capsys) -> None:
     source, out = save(tmp_path / "source"), tmp_path / "packed"
     assert main(["quantize", str(source), "-o", str(out), "--fc_dtype", "Q8_0", "--verify"]) == 0
     printed = capsys.readouterr().out
-    assert "14 in Q8_0 of 14 packed weights" in printed
+    assert "packed: 14 in Q8_0" in printed
     assert "Q8_0: 14 weights, " in printed
     errors = {error.name: error.relative for error in tensor_errors(source, out)}
     state = load_file(source / "model.safetensors")["model.layers.1.mlp.experts.down_proj"]

@@ -215,7 +215,7 @@ def test_text_is_scored_as_it_is_but_for_a_byte_order_mark(folder: Path, tmp_pat
         ("--text TEXT --window 1", "window: got 1, expected 2 to 512"),
         ("--text TEXT --window x", "argument --window: invalid int value: 'x'"),
         ("--text TEXT --threads 0", "--threads: got 0, expected 1 to "),
-        ("--text missing.txt", "No such file or directory: 'missing.txt'"),
+        ("--text missing.txt", "missing.txt: No such file or directory"),
         ("--text /dev/null", "the text has 0 tokens, expected at least 2"),
         ("--text SHORT", "the text has 1 tokens, expected at least 2"),
         ("--text MODEL/model.safetensors", "model.safetensors is not UTF-8 text at byte"),

@@ -123,7 +123,7 @@ def test_a_folder_made_so_runs_and_nntrainer_finds_its_keys(tmp_path: Path, caps
     )  # fmt: skip
     options = ["--embd_dtype", "Q6_K", "--lmhead_dtype", "Q4_0", "--output_format", "bin", "--verify"]
     assert main(["quantize", str(source), "-o", str(out), *options]) == 0
-    assert "14 in Q4_0 of 15 packed weights" in capsys.readouterr().out
+    assert "1 in Q6_K, 14 in Q4_0" in capsys.readouterr().out
     content = json.loads((out / "nntr_config.json").read_text())
     assert content == {
         **NNTRAINER_NEEDS,
