@@ -20,7 +20,7 @@ VERBS = {
     "bench": "measure tokens a second of prompts and generation",
     "perplexity": "measure how well a model predicts a text",
     "train": "train a model from a YAML file",
-    "convert": "convert weights between Hugging Face, this project's file and NNTrainer's .bin",
+    "convert": "convert weights between Hugging Face, GGUF, this project's file and NNTrainer's .bin",
     "quantize": "pack weights in block formats: Q4_0, Q4_K, Q6_K, Q8_0",
     "inspect": "show a model's layers, shapes and sizes without loading its weights",
     "download": "fetch a model's files from the Hugging Face hub",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from causallm.config.pooling import PoolingConfig
-from causallm.generation import left_pad
+from causallm.prompt_ids import left_pad
 from causallm.transformer import Transformer
 from layers.kv_cache import KVCache
 

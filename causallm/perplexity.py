@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from causallm.causal_lm import CausalLM
-from causallm.generation import Progress, check_ids
+from causallm.generation import Progress
+from causallm.prompt_ids import check_ids
 from causallm.training.loss import cross_entropy_sum
 from causallm.training.progress import perplexity as exponential
 

@@ -173,7 +173,7 @@ def test_a_padded_batch_and_a_fixed_cache(name: str, folders: Any, calls: Calls)
     assert difference(fused, alone) < TOLERANCE
 
 
-def test_threads_give_the_same_bits(folders: Any, calls: Calls) -> None:
+def test_any_number_of_threads_gives_the_same(folders: Any, calls: Calls) -> None:
     model = load(folders("llama MQA"))
     one = steps(model, (12, *(1,) * 5))
     torch.set_num_threads(3)

@@ -18,12 +18,8 @@ static inline V16 NAME(signed16)(I8 codes) {
 #if VNNI512
     return (V16)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)codes));
 #elif F16C
-    const __m256 low = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32((__m128i)codes));
-    const __m256 high = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128((__m128i)codes, 8)));
-    V16 v;
-    memcpy(&v, &low, 32);
-    memcpy((char *)&v + 32, &high, 32);
-    return v;
+    const __m128i last = _mm_srli_si128((__m128i)codes, 8);
+    return NAME(joined)(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32((__m128i)codes)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(last)));
 #else
     V16 v;
     for (int i = 0; i < 16; i++) v[i] = codes[i];

@@ -107,8 +107,8 @@ static void integers_q6_k(const uint8_t *block, int8_t *values, float *scales, f
 }
 
 static const struct format FORMATS[KINDS] = {
-    [Q8_0] = {32, 34, integers_q8_0},
-    [Q4_0] = {32, 18, integers_q4_0},
-    [Q4_K] = {256, 144, integers_q4_k},
-    [Q6_K] = {256, 210, integers_q6_k},
+    [Q8_0] = {32, 34},
+    [Q4_0] = {32, 18},
+    [Q4_K] = {256, 144},
+    [Q6_K] = {256, 210},
 };

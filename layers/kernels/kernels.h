@@ -16,16 +16,20 @@ static inline V16 NAME(load_bf16)(const void *p) {
     return (V16)(__builtin_convertvector(*(const U16 *)p, U32) << 16);
 }
 
-static inline V16 NAME(load_f16)(const void *p) {
-#if VNNI512
-    return (V16)_mm512_cvtph_ps(_mm256_loadu_si256(p));
-#elif F16C
-    const __m256 low = _mm256_cvtph_ps(_mm_loadu_si128(p));
-    const __m256 high = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p + 1));
+#if F16C
+static inline V16 NAME(joined)(__m256 low, __m256 high) {
     V16 v;
     memcpy(&v, &low, 32);
     memcpy((char *)&v + 32, &high, 32);
     return v;
+}
+#endif
+
+static inline V16 NAME(load_f16)(const void *p) {
+#if VNNI512
+    return (V16)_mm512_cvtph_ps(_mm256_loadu_si256(p));
+#elif F16C
+    return NAME(joined)(_mm256_cvtph_ps(_mm_loadu_si128(p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p + 1)));
 #else
     V16 v;
     for (int i = 0; i < 16; i++) v[i] = half_to_float(((const uint16_t *)p)[i]);

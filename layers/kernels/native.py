@@ -66,9 +66,7 @@ def choose(level: int) -> str:
 
 def run_halves(halves: ctypes.Array, tokens: ctypes.Structure) -> None:
     """Let the tokens pass through halves of decoder blocks (`layers.kernels.half_arguments`)."""
-    loaded = library()
-    assert loaded is not None
-    if loaded.causallm_halves(halves, len(halves), ctypes.byref(tokens), torch.get_num_threads()):
+    if _loaded().causallm_halves(halves, len(halves), ctypes.byref(tokens), torch.get_num_threads()):
         raise MemoryError(f"no memory for the working space of {len(halves)} halves of blocks")
 
 
@@ -77,7 +75,14 @@ def normalise(norm: ctypes.Structure, x: Tensor, out: Tensor) -> None:
     width = x.shape[-1]
     kinds = KINDS[FLOATS[x.dtype]], KINDS[FLOATS[out.dtype]]
     if _loaded().causallm_normalise(
-        ctypes.byref(norm), x.data_ptr(), kinds[0], x.numel() // width, width, out.data_ptr(), kinds[1], threads()
+        ctypes.byref(norm),
+        x.data_ptr(),
+        kinds[0],
+        x.numel() // width,
+        width,
+        out.data_ptr(),
+        kinds[1],
+        torch.get_num_threads(),
     ):
         raise MemoryError(f"no memory for the norm of rows of {width}")
 
@@ -85,7 +90,7 @@ def normalise(norm: ctypes.Structure, x: Tensor, out: Tensor) -> None:
 def gate(activation: int, gate: Tensor, up: Tensor, out: Tensor) -> None:
     """activation(gate) * up into `out`, all contiguous and of one dtype; `activation` as in struct mlp_half."""
     addresses = gate.data_ptr(), up.data_ptr(), gate.numel(), out.data_ptr()
-    if _loaded().causallm_gate(activation, *addresses, KINDS[FLOATS[gate.dtype]], threads()):
+    if _loaded().causallm_gate(activation, *addresses, KINDS[FLOATS[gate.dtype]], torch.get_num_threads()):
         raise MemoryError("no memory for an activation")
 
 
@@ -93,7 +98,9 @@ def turn(half: ctypes.Structure, query: Tensor, key: Tensor, value: Tensor, out:
     """Heads normalised and rotated: queries (batch, time, width) into `out`, keys and values into the cache."""
     addresses = [part.data_ptr() for part in (query, key, value)]
     kind, (batch, time) = KINDS[FLOATS[query.dtype]], query.shape[:2]
-    if _loaded().causallm_turn(ctypes.byref(half), *addresses, kind, batch, time, out.data_ptr(), threads()):
+    if _loaded().causallm_turn(
+        ctypes.byref(half), *addresses, kind, batch, time, out.data_ptr(), torch.get_num_threads()
+    ):
         raise MemoryError(f"no memory for heads of {out.shape[-1]}")
 
 
@@ -101,9 +108,6 @@ def _loaded() -> ctypes.CDLL:
     loaded = library()
     assert loaded is not None
     return loaded
-
-
-threads = torch.get_num_threads
 
 
 def _team() -> tuple[int, int] | None:
@@ -121,8 +125,7 @@ def _team() -> tuple[int, int] | None:
 
 def linear(rows: Tensor, weight: Tensor, kind: str) -> Tensor:
     """rows (tokens, columns) fp32 times a packed or float weight, transposed: (tokens, out_features) fp32."""
-    loaded = library()
-    assert loaded is not None
+    loaded = _loaded()
     tokens, columns = rows.shape
     rows, out = rows.contiguous(), rows.new_empty(tokens, weight.shape[0])
     failed = loaded.causallm_linear(
@@ -142,8 +145,7 @@ def linear(rows: Tensor, weight: Tensor, kind: str) -> Tensor:
 
 def expand(weight: Tensor, kind: str, columns: int, dtype: torch.dtype) -> Tensor:
     """A packed weight as fp32 or bf16, (rows, columns)."""
-    loaded = library()
-    assert loaded is not None
+    loaded = _loaded()
     out = torch.empty(weight.shape[0], columns, dtype=dtype)
     wide, narrow = (out.data_ptr(), None) if dtype == torch.float32 else (None, out.data_ptr())
     loaded.causallm_expand(
@@ -177,8 +179,7 @@ def attend(
 
     bias is (batch or 1, past) fp32, sinks (heads) fp32; all are contiguous in their last dimension.
     """
-    loaded = library()
-    assert loaded is not None
+    loaded = _loaded()
     batch, heads, _, head_dim = query.shape
     query, out = query.contiguous(), torch.empty_like(query, memory_format=torch.contiguous_format)
     arguments = AttentionArguments(

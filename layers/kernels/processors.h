@@ -14,7 +14,6 @@ static inline long quantized(long columns) { return (columns + QUANTIZED - 1) / 
 
 struct format {
     int values, bytes;
-    void (*integers)(const uint8_t *block, int8_t *values, float *scales_of_16, float *minimums_of_32);
 };
 
 /* For `time` tokens in each row of a batch, one after the other in query, out and bias; strides are in values. */
