@@ -211,6 +211,11 @@ class Transformer(nn.Module):
             raise ValueError("there are no tokens to compute, expected at least one a row")
         if cache is not None and not self.is_causal:
             raise ValueError("a model that attends in both directions has no use for a key-value cache")
+        limits = [layer.limit for layer in cache or () if layer.limit is not None]
+        if cache and limits and cache[0].offset + ids.shape[1] > min(limits):
+            # Before any layer advances: where others slide, they could not go back.
+            needed = cache[0].offset + ids.shape[1]
+            raise ValueError(f"the cache holds {min(limits)} positions, but {needed} are needed")
         x = self.embed_tokens(ids)
         step = Step(
             cache[0].offset if cache else 0,

@@ -36,7 +36,8 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-moe": ("Qwen3MoeConfig", {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
                                      "head_dim": 16, "mlp_only_layers": [1]}),
     "gemma3": ("Gemma3TextConfig", {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 20,
-                                    "attn_logit_softcapping": 2.0}),
+                                    "attn_logit_softcapping": 2.0,
+                                    "layer_types": ["sliding_attention", "full_attention"] * 2}),
     "gpt-oss": ("GptOssConfig", {"head_dim": 16, "sliding_window": 8, "num_local_experts": 4,
                                  "num_experts_per_tok": 2}),
 }  # fmt: skip
@@ -313,16 +314,17 @@ def test_sizes_that_do_not_match_are_torchs_errors(folders: Any, calls: Calls) -
         model(ids, model.make_cache(4), padding=torch.tensor([0, 1]))
 
 
-def test_a_full_cache_is_an_error_before_anything_is_done(folders: Any, calls: Calls) -> None:
-    model = load(folders("qwen3"))
-    cache = model.make_cache(1, 5)
-    ids = torch.randint(0, 97, (1, 5))
+@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
+def test_a_full_cache_is_an_error_before_anything_is_done(name: str, folders: Any, calls: Calls) -> None:
+    model = load(folders(name))
+    cache = model.make_cache(1, 12)
+    ids = torch.randint(0, 97, (1, 12))
     with torch.inference_mode():
         model(ids, cache)
-        counted = calls.halves
-        with pytest.raises(ValueError, match="5 positions"):
-            model(ids[:, :1], cache)
-    assert calls.halves == counted
+        for calls.allowed in (True, False):
+            with pytest.raises(ValueError, match="12 positions"):
+                model(ids[:, :1], cache)
+    assert [layer.offset for layer in cache] == [12] * len(cache)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3"])
