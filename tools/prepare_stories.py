@@ -3,8 +3,8 @@
     python tools/prepare_stories.py --stories DIR --tales FILE -o data/tiny-stories
 
 DIR holds .txt files of short stories (TinyStories), FILE longer tales divided by <|endoftext|>. Writes train.jsonl and
-validation.jsonl; a story held out is in neither form in train.jsonl. The request names things that the story tells of,
-or is its first words.
+validation.jsonl; a story held out is in no form in train.jsonl. Each story comes several times, after the first with
+other names, and as an answer also with other animals and things.
 """
 
 import argparse
@@ -12,30 +12,19 @@ import json
 import random
 import re
 import sys
-from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+from story_requests import conversation
+from vary_stories import rename, swap_things
 
 from causallm.cli import reporting_errors
 
 MARK = "<|endoftext|>"
-SYSTEM = "You are a friendly storyteller for small children."
-REQUESTS = (
-    "Tell me a story about {}.",
-    "Tell me a short story about {}.",
-    "Write a story about {}.",
-    "Can you tell me a story about {}?",
-    "I want to hear a story about {}.",
-    "Please write a short story with {}.",
-)
-COLOURS = "red|blue|green|yellow|big|little|small|old|new|pretty|shiny|brown|white|black|happy|sad|kind|magic"
 PLAIN = str.maketrans("\u201c\u201d\u2018\u2019\u2013\u2014", "\"\"''--")
-THING = re.compile(rf"\b(a|an|the|his|her|their) ((?:{COLOURS}) )?([a-z]{{3,}})\b")
-NO_THINGS = frozenset(
-    "big little small old new red blue green yellow day time way lot bit end one other two first next best very good "
-    "bad great long nice same many most only great whole few more moral rest sad happy kind special pretty shiny loud "
-    "scared brave careful and was that with then had but hurry name lesson idea thing things something side top back "
-    "front middle bottom ground sky sun people person".split()
-)
+WRONGLY_DECODED = {"\u00e2\u20ac\u0153": '"', "\u00e2\u20ac\u2122": "'", "\u00e2\u20ac": '"'}
+"""Quotes in UTF-8 that were read as Windows-1252; what is left of a closing one is shorter, so it comes last."""
 
 
 def main() -> int:
@@ -45,34 +34,40 @@ def main() -> int:
     parser.add_argument("--tales", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--hold-out", type=int, default=50, help="every so many-th story is validation")
+    parser.add_argument("--variants", type=int, default=7, help="how often each story comes in each form")
+    parser.add_argument("--tale-copies", type=int, default=4, help="how often each tale comes")
     parser.add_argument("--seed", type=int, default=1)
-    args = parser.parse_args()
-    return reporting_errors(lambda: prepare(args.stories, args.tales, args.output, args.hold_out, args.seed))
+    return reporting_errors(lambda: prepare(parser.parse_args()))
 
 
-def prepare(folder: Path, tales: Path | None, output: Path, hold_out: int, seed: int) -> int:
+def prepare(args: argparse.Namespace) -> int:
     """Write both files."""
-    stories = list(dict.fromkeys(story for path in sorted(folder.glob("*.txt")) for story in split_stories(path)))
+    stories = list(dict.fromkeys(story for path in sorted(args.stories.glob("*.txt")) for story in split_stories(path)))
     if not stories:
-        raise ValueError(f"{folder} holds no .txt file with stories")
-    draw = random.Random(seed)
+        raise ValueError(f"{args.stories} holds no .txt file with stories")
+    draw = random.Random(args.seed)
     draw.shuffle(stories)
-    train, validation = [], []
-    for number, story in enumerate(stories):
-        if number % hold_out == 0:
-            validation.append({"text": story})
-        else:
-            train.append({"text": story})
-            train.append({"messages": conversation(story, draw)})
-    if tales:
-        train += [{"text": clean(tale)} for tale in tales.read_text(encoding="utf-8").split(MARK) if tale.strip()]
+    validation = [{"text": story} for story in stories[:: args.hold_out]]
+    known = [story for number, story in enumerate(stories) if number % args.hold_out]
+    train = [entry for story in known for entry in all_forms(story, args.variants, draw)]
+    train += tales(args.tales) * args.tale_copies if args.tales else []
     draw.shuffle(train)
-    output.mkdir(parents=True, exist_ok=True)
-    for name, entries in (("train", train), ("validation", validation)):
-        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
-        (output / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-        print(f"{output / name}.jsonl: {len(entries)} documents, {len(lines.encode()):,} bytes")
+    args.output.mkdir(parents=True, exist_ok=True)
+    write(args.output / "train.jsonl", train)
+    write(args.output / "validation.jsonl", validation)
     return 0
+
+
+def write(path: Path, entries: Sequence[dict[str, Any]]) -> None:
+    """One JSON object a line."""
+    lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+    path.write_text(lines, encoding="utf-8")
+    print(f"{path}: {len(entries)} documents, {len(lines.encode()):,} bytes")
+
+
+def tales(path: Path) -> list[dict[str, Any]]:
+    """The texts between marks."""
+    return [{"text": clean(tale)} for tale in path.read_text(encoding="utf-8").split(MARK) if tale.strip()]
 
 
 def split_stories(path: Path) -> list[str]:
@@ -84,34 +79,21 @@ def split_stories(path: Path) -> list[str]:
 
 def clean(text: str) -> str:
     """Plain quotes and dashes, no stray spaces, paragraphs on lines of their own."""
+    for wrong, right in WRONGLY_DECODED.items():
+        text = text.replace(wrong, right)
     return re.sub(r" *\n\s*", "\n", text.translate(PLAIN)).strip()
 
 
-def conversation(story: str, draw: random.Random) -> list[dict[str, str]]:
-    """A request that fits the story, sometimes after a system message, and the story."""
-    messages = [{"role": "system", "content": SYSTEM}] if draw.random() < 0.25 else []
-    request = opening(story, draw) if draw.random() < 0.25 else request_for(story, draw)
-    return [*messages, {"role": "user", "content": request}, {"role": "assistant", "content": story}]
-
-
-def opening(story: str, draw: random.Random) -> str:
-    """The first words of a story, which asks for the whole of it."""
-    return " ".join(story.split()[: draw.randint(4, 12)]).rstrip(",")
-
-
-def request_for(story: str, draw: random.Random) -> str:
-    """A request that names what the story tells of."""
-    found = Counter()
-    for _, adjective, noun in THING.findall(story.lower()):
-        if noun not in NO_THINGS:
-            found[(adjective, noun)] += 1
-    nouns: dict[str, str] = {}
-    for (adjective, noun), _ in found.most_common():
-        if noun not in nouns:
-            nouns[noun] = f"{adjective}{noun}"
-    chosen = list(nouns.values())[: draw.choice((1, 2, 2))]
-    things = [f"{'an' if thing[0] in 'aeiou' else 'a'} {thing}" for thing in chosen]
-    return draw.choice(REQUESTS).format(" and ".join(things)) if things else "Tell me a story."
+def all_forms(story: str, variants: int, draw: random.Random) -> Iterator[dict[str, Any]]:
+    """A story as text and as an answer, first as it is and then in new ways, another for either."""
+    for variant in range(variants):
+        if variant == 0:
+            text, answer = {"text": story}, story
+        else:
+            answer = swap_things(rename(story, draw), draw)
+            text = {"text": rename(story, draw)}
+        yield text
+        yield {"messages": conversation(answer, draw)}
 
 
 if __name__ == "__main__":

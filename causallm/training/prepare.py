@@ -55,7 +55,7 @@ def open_windows(data: DataSettings, seed: int, folder: Path) -> tuple[Windows, 
     ValueError where a file's data make no window.
     """
     train, validation = (TokenFile(folder, name) for name in ("train", "validation"))
-    windows = Windows(train, data.context_length, seed, source=", ".join(data.train))
+    windows = Windows(train, data.context_length, seed, source=", ".join(data.train), packing=data.packing)
     if not data.validation and validation.tokens <= data.context_length:
         if data.validation_fraction:
             warnings.warn(
@@ -65,7 +65,8 @@ def open_windows(data: DataSettings, seed: int, folder: Path) -> tuple[Windows, 
             )
         return windows, None
     source = ", ".join(data.validation or data.train)
-    return windows, Windows(validation, data.context_length, seed, shuffle=False, source=source)
+    held_out = Windows(validation, data.context_length, seed, shuffle=False, source=source, packing=data.packing)
+    return windows, held_out
 
 
 def _fingerprint(data: DataSettings, tokenizer: Tokenizer) -> str:

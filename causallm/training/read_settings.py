@@ -11,10 +11,12 @@ from typing import Any
 
 from causallm.training.check_settings import check_settings
 from causallm.training.nearest import nearest
+from causallm.training.packing import PACKINGS
 from causallm.training.settings import Settings
 from causallm.training.strict_yaml import read_yaml
 
 CHOICES = {
+    "data.packing": tuple(PACKINGS),
     "schedule.kind": ("cosine", "linear", "constant"),
     "train.precision": ("fp32", "bf16"),
     "train.sharding": ("ddp", "fsdp"),

@@ -25,6 +25,7 @@ from causallm.training.processes import Processes
 from causallm.training.progress import Progress
 from causallm.training.recording import recording
 from causallm.training.settings import Settings
+from causallm.training.start_from import start_from
 from causallm.training.windows import Windows
 from causallm.weights.safetensors_reader import SINGLE
 
@@ -134,6 +135,8 @@ def _windows(
 def _trainable(config: dict[str, Any], settings: Settings, tokenizer: Tokenizer) -> CausalLM:
     """The model with fresh weights, what training adds to it, and what writing samples needs."""
     body = cast(CausalLM, make_model(config, settings.train.seed))
+    if settings.train.start_from:
+        start_from(body, Path(settings.train.start_from))
     add_dropout(body, settings.train.dropout)
     involve_all_experts(body)
     body.tokenizer = tokenizer

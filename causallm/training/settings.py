@@ -30,6 +30,7 @@ class DataSettings:
     """Files: .txt whose documents `separator` divides (empty: each file is one), .jsonl with `text` or `messages`.
 
     Without `validation` files, `validation_fraction` of the documents is held out. Windows have context_length tokens.
+    packing: cut, documents end to end and cut where a window ends, or whole, none cut that fits in a window.
     """
 
     train: tuple[str, ...]
@@ -37,6 +38,7 @@ class DataSettings:
     validation_fraction: float = 0.02
     separator: str = "<|endoftext|>"
     context_length: int = 256
+    packing: str = "cut"
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class TrainSettings:
 
     Either steps, or epochs over the training tokens. clip_norm: the longest gradient (0: any). precision: fp32, or
     bf16 autocast. sharding: ddp or fsdp, where torchrun starts several processes. dropout acts on the embedding and on
-    what blocks add to it.
+    what blocks add to it. start_from: a folder whose model's weights the run begins with, instead of random ones.
     """
 
     steps: int | None = None
@@ -79,6 +81,7 @@ class TrainSettings:
     compile: bool = False
     sharding: str = "ddp"
     seed: int = 1
+    start_from: str | None = None
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,13 @@
-"""Cutting shuffled documents into windows of one length, each knowing where documents begin in it."""
+"""Windows of one length made of shuffled documents, each knowing where documents begin in it."""
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from causallm.training.packing import PACKINGS, Packing
 from causallm.training.token_file import TokenFile
 
 IGNORED = -100
@@ -30,18 +30,26 @@ class Batch:
 class Windows:
     """All windows of a token file; number n is the same whoever asks, so that a position in the data is a number.
 
-    Each epoch lays the documents end to end in an order of its own and cuts the row into windows of `length`; a target
-    is the next token of the same document. `source` names the data in the error for too few.
+    A target is the next token of the same document; where documents leave room at a window's end nothing counts.
+    `packing` names how documents become windows, `source` the data in the error for too few.
     """
 
-    def __init__(self, data: TokenFile, length: int, seed: int, shuffle: bool = True, source: str = "the data"):
-        self.data, self.length, self.seed, self.shuffle = data, length, seed, shuffle
+    def __init__(
+        self,
+        data: TokenFile,
+        length: int,
+        seed: int,
+        shuffle: bool = True,
+        source: str = "the data",
+        packing: str = "cut",
+    ):
+        self.data, self.length = data, length
         if data.tokens == 0:
             raise ValueError(f"{source}: the data is empty, expected text")
-        self.per_epoch = (data.tokens - 1) // length
-        if self.per_epoch < 1:
+        if data.tokens <= length:
             raise ValueError(f"{source}: the data has {data.tokens} tokens, expected more than context_length {length}")
-        self._layout = lru_cache(2)(self._make_layout)
+        self.packing: Packing = PACKINGS[packing](data.starts, length, seed, shuffle)
+        self.per_epoch = self.packing.per_epoch
 
     def batch(self, numbers: range) -> Batch:
         """The windows of these numbers; numbers beyond an epoch go on in the next."""
@@ -49,25 +57,16 @@ class Windows:
         ids, targets, documents = (torch.from_numpy(np.stack(part)) for part in zip(*parts, strict=True))
         return Batch(ids, targets, documents)
 
-    def _make_layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The order of the documents, and where each begins in the row of all."""
-        count = self.data.documents
-        order = np.random.default_rng((self.seed, epoch)).permutation(count) if self.shuffle else np.arange(count)
-        lengths = np.diff(self.data.starts)[order]
-        return order, np.concatenate(([0], np.cumsum(lengths)))
-
     def _window(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        epoch, place = divmod(number, self.per_epoch)
-        order, begins = self._layout(epoch)
-        start, end = place * self.length, (place + 1) * self.length + 1
-        first, last = np.searchsorted(begins, [start, end - 1], side="right") - 1
-        ids, counts, documents = [], [], []
-        for index in range(first, last + 1):
-            origin = self.data.starts[order[index]] - begins[index]
-            piece = slice(origin + max(start, begins[index]), origin + min(end, begins[index + 1]))
-            ids.append(self.data.ids[piece])
-            counts.append(self.data.counts[piece])
-            documents.append(np.full(len(ids[-1]), index - first, dtype=np.int64))
-        row, document = np.concatenate(ids).astype(np.int64), np.concatenate(documents)
-        counted = (np.concatenate(counts)[1:] != 0) & (document[1:] == document[:-1])
-        return row[:-1], np.where(counted, row[1:], IGNORED), document[:-1]
+        ids, document = np.zeros((2, self.length + 1), dtype=np.int64)
+        counted = np.zeros(self.length + 1, dtype=bool)
+        end = 0
+        pieces = self.packing.pieces(*divmod(number, self.per_epoch))
+        for index, (first, last) in enumerate(pieces):
+            begin, end = end, end + last - first
+            ids[begin:end] = self.data.ids[first:last]
+            counted[begin:end] = self.data.counts[first:last] != 0
+            document[begin:end] = index
+        document[end:] = len(pieces)
+        counts = counted[1:] & (document[1:] == document[:-1])
+        return ids[:-1], np.where(counts, ids[1:], IGNORED), document[:-1]
