@@ -5,7 +5,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from causallm.allocator import keep_freed_memory
 from causallm.training import loss
 from causallm.training.loss import cross_entropy_sum
 from causallm.training.windows import IGNORED
@@ -70,15 +69,3 @@ def test_a_second_pass_back_is_refused() -> None:
     found.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="once"):
         found.backward()
-
-
-def test_a_large_tensor_is_made_of_memory_that_is_there() -> None:
-    if not keep_freed_memory():
-        pytest.skip("not glibc")
-    resource = pytest.importorskip("resource")
-    faults = []
-    for _ in range(6):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(2**25)
-        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-    assert max(faults[3:]) < 2**27 // resource.getpagesize() // 10, faults
