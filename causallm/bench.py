@@ -11,10 +11,13 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from causallm.causal_lm import CausalLM
+from causallm.cuda_graphs import graphed
 from causallm.generation import DEFAULT_CHUNK, decode_one, prefill
 from causallm.memory_bandwidth import wait_for
 from causallm.packing import packed_tensors
 from causallm.prompt_cache.reuse import PromptCache
+from causallm.transformer import Transformer
+from causallm.weights.expected import expected_parameters
 from layers.expert_store import ExpertStore
 from layers.kv_cache import KVCache
 
@@ -122,34 +125,44 @@ def bytes_per_step(model: CausalLM, case: Case) -> float:
     depth + tokens positions, a sliding layer's never beyond its window.
     """
     cfg = model.config
-    read = float(size_in_bytes(model))
-    if not cfg.tie_word_embeddings:
-        read -= size_in_bytes(model.embed_tokens)
-    for store in model.modules():
-        if isinstance(store, ExpertStore):
-            read -= size_in_bytes(store) * (1 - cfg.num_experts_per_tok / len(store)) ** case.batch
+    read = bytes_per_token(model, case.batch)
     lengths = range(case.depth + 1, case.depth + case.tokens + 1)
     windows = (cfg.window(layer_id) or lengths.stop for layer_id in range(cfg.num_hidden_layers))
     positions = sum(statistics.fmean(min(length, window) for length in lengths) for window in windows)
     return read + case.batch * model.cache_position_bytes * positions
 
 
+def bytes_per_token(model: Transformer, batch: int = 1) -> float:
+    """Bytes of weights that a step of so many rows reads; see `bytes_per_step`."""
+    sizes = {name: weight.nbytes for name, weight in expected_parameters(model).items()}
+    read = float(sum(sizes.values()))
+    if not model.config.tie_word_embeddings:
+        read -= sizes["embed_tokens.weight"]
+    for path, store in model.named_modules():
+        if isinstance(store, ExpertStore):
+            experts = sum(nbytes for name, nbytes in sizes.items() if name.startswith(f"{path}."))
+            read -= experts * (1 - model.config.num_experts_per_tok / len(store)) ** batch
+    return read
+
+
 def size_in_bytes(module: nn.Module) -> int:
-    """Bytes of all parameters and buffers, shared ones once."""
-    return sum(tensor.nbytes for tensor in itertools.chain(module.parameters(), module.buffers()))
+    """Bytes of all weights, shared ones once, wherever they are."""
+    return sum(tensor.nbytes for tensor in expected_parameters(module).values())
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Numbers in all parameters, shared ones once; of a packed weight those that it stands for."""
+    """Numbers in all weights, shared ones once; of a packed weight those that it stands for."""
     beyond = sum(packed.shape.numel() - packed.parameter.numel() for packed in packed_tensors(model).values())
-    return sum(parameter.numel() for parameter in model.parameters()) + beyond
+    return sum(weight.numel() for weight in expected_parameters(model).values()) + beyond
 
 
 def name_dtypes(model: nn.Module) -> str:
     """What the parameters are held in: "bfloat16", or several such as "Q4_0+bfloat16"."""
-    packed = {id(packed.parameter): packed.kind for packed in packed_tensors(model).values()}
-    floats = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if id(p) not in packed}
-    return "+".join(sorted({*packed.values(), *floats}))
+    kinds = {name: packed.kind for name, packed in packed_tensors(model).items()}
+    floats = {
+        str(p.dtype).removeprefix("torch.") for name, p in expected_parameters(model).items() if name not in kinds
+    }
+    return "+".join(sorted({*kinds.values(), *floats}))
 
 
 def _fill(model: CausalLM, batch: int, depth: int) -> States:
@@ -179,8 +192,9 @@ def _run(model: CausalLM, case: Case, states: States | None) -> float:
 
 def _decode(model: CausalLM, tokens: Int[Tensor, "batch"], cache: Sequence[KVCache], steps: int) -> None:
     """Greedy steps and nothing else."""
+    decode = graphed(model, cache, None, lambda tokens: decode_one(model, tokens, cache, None))
     for _ in range(steps):
-        tokens = decode_one(model, tokens, cache, None).argmax(-1)
+        tokens = decode(tokens).argmax(-1)
 
 
 def _chunk(model: CausalLM) -> int:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from causallm.storage.storage import Storage
+from layers.gpt_oss_moe import GptOssMoe
 from layers.kernels.half_arguments import ATTENTION, MLP, MOE, Half
 from layers.kernels.halves import run_halves
 from layers.kv_cache import KVCache
@@ -95,19 +97,27 @@ class SandwichBlock(DecoderBlock):
         )
 
 
-KINDS: dict[type[nn.Module], int] = {Attention: ATTENTION, Mlp: MLP, QwenMoe: MOE}
+KINDS: dict[type[nn.Module], int] = {Attention: ATTENTION, Mlp: MLP, QwenMoe: MOE, GptOssMoe: MOE}
 """Bodies of halves that the native kernels know; a subclass may do something else."""
 
 
 def run_blocks(
-    blocks: nn.ModuleList, x: Float[Tensor, "batch time dim"], step: Step, cache: Sequence[KVCache] | None
+    blocks: nn.ModuleList,
+    x: Float[Tensor, "batch time dim"],
+    step: Step,
+    cache: Sequence[KVCache] | None,
+    storage: Storage,
 ) -> Float[Tensor, "batch time dim"]:
-    """What the blocks make of x one after the other; in one native call where the kernels know all of them."""
-    result = run_halves(blocks, lambda: _halves_of(blocks), x, step, cache)
-    if result is not None:
-        return result
+    """What the blocks make of x one after the other; in one native call where the kernels know all of them and the
+    weights of all are in memory."""
+    if storage.whole:
+        result = run_halves(blocks, lambda: _halves_of(blocks), x, step, cache)
+        if result is not None:
+            return result
     for layer_id, block in enumerate(blocks):
-        x = block(x, step, cache[layer_id] if cache else None)
+        storage.check_gradient(x)
+        with storage.resident(layer_id):
+            x = block(x, step, cache[layer_id] if cache else None)
     return x
 
 

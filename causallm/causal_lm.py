@@ -15,6 +15,7 @@ from causallm.prompt_cache.make import head_prompt_cache
 from causallm.prompt_cache.nntr_file import read_nntr_cache, write_nntr_cache
 from causallm.prompt_cache.reuse import PromptCache
 from causallm.report import Report
+from causallm.storage.storage import HEAD
 from causallm.transformer import Transformer
 from layers.kv_cache import KVCache
 from layers.lm_head import LmHead, softcap
@@ -48,12 +49,17 @@ class CausalLM(Transformer):
         last: int | None = None,
     ) -> Float[Tensor, "batch positions vocab"]:
         """Logits of all positions, or of the `last` so many; the other arguments are `Transformer.forward`'s."""
+        self.storage.begin(head=last != 0)
         hidden = super().forward(ids, cache, padding=padding, rope_length=rope_length, documents=documents)
         if last is not None:
             # A copy with strides of its own: for a strided row the product would first copy the whole head.
             hidden = hidden[:, max(ids.shape[1] - last, 0) :].clone(memory_format=torch.contiguous_format)
-        project = self.embed_tokens.project if self.config.tie_word_embeddings else self.lm_head
-        return softcap(project(hidden), self.config.final_logit_softcapping)
+        if last == 0:
+            return hidden.new_empty(hidden.shape[0], 0, self.config.vocab_size)
+        with self.storage.resident(HEAD):
+            project = self.embed_tokens.project if self.config.tie_word_embeddings else self.lm_head
+            logits = project(hidden)
+        return softcap(logits, self.config.final_logit_softcapping)
 
     def stream(
         self,

@@ -42,7 +42,8 @@ def fit(messages: Sequence[Message], encode: Encode, on_full: str, context: int,
     elif on_full == "slide" and len(ids) > room:
         return _slide(messages, ids, encode, room)
     if len(ids) >= context:
-        remedy = "shorten the last message" if on_full == "drop" else 'undo turns, begin anew, or choose on_full="drop"'
+        other = 'undo turns, begin anew, or choose on_full="drop" (--on-full drop)'
+        remedy = "shorten the last message" if on_full == "drop" else other
         raise ValueError(
             f"the conversation has {len(ids)} tokens, but the context is {context} tokens, of which at least one is "
             f"to be generated; {remedy}"

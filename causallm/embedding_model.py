@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from causallm.config.pooling import PoolingConfig
 from causallm.prompt_ids import left_pad
+from causallm.report import Report
 from causallm.transformer import Transformer
 from layers.kv_cache import KVCache
 
@@ -44,10 +45,10 @@ class EmbeddingModel(Transformer):
         pooled = self.dense(pool(hidden, padding, self.pooling.pooling))
         return functional.normalize(pooled, dim=-1) if self.pooling.normalize else pooled
 
-    def encode(self, texts: Sequence[str]) -> Float[Tensor, "texts embedding"]:
+    def encode(self, texts: Sequence[str], report: Report | None = None) -> Float[Tensor, "texts embedding"]:
         """The vectors of several texts, nntr_config.json's head and tail around each, as each would be alone.
 
-        At most batch_size run together. ValueError for a text that does not fit.
+        At most batch_size run together; `report` counts their tokens. ValueError for a text that does not fit.
         """
         if self.tokenizer is None:
             raise ValueError("the model has no tokenizer, so it cannot take text")
@@ -58,6 +59,8 @@ class EmbeddingModel(Transformer):
         for row in rows:
             if not 0 < len(row) <= self.max_length:
                 raise ValueError(f"the text has {len(row)} tokens, expected 1 to {self.max_length}")
+        if report:
+            report.prompt_tokens += sum(map(len, rows))
         size = self.runtime_config.batch_size or len(rows)
         with torch.inference_mode():
             vectors = []

@@ -12,6 +12,9 @@ from causallm.weights.huggingface import copy_companions
 from causallm.weights.open import open_weights
 from causallm.weights.reader import WeightReader
 
+WEIGHTS = (".bin", ".safetensors")
+NEEDED = "the model's config.json and tokenizer.json"
+
 
 class FolderSource(ModelSource):
     """The files of a folder, each read when it is asked for."""
@@ -23,9 +26,7 @@ class FolderSource(ModelSource):
         """The error for a missing file says how to fetch the model where it can be."""
         if not self.path.is_dir():
             if self.path.is_file():
-                raise ValueError(
-                    f"{self.path} is a file, expected a model folder (its own: {self.path.parent}) or a .gguf"
-                )
+                raise ValueError(self._of_a_file())
             raise FileNotFoundError(f"there is no model folder {self.path}")
         if (self.path / "config.json").is_file():
             return read_json(self.path / "config.json")
@@ -34,7 +35,18 @@ class FolderSource(ModelSource):
             hint = f"; fetch the model with: python main.py download {self.path}"
         elif files := sorted(self.path.glob("*.gguf")):
             hint = f"; to run a GGUF file name it: {files[0]}"
+        elif files := sorted(path for path in self.path.iterdir() if path.suffix in WEIGHTS):
+            hint = f", without which {files[0].name} cannot be read: put {NEEDED} beside it"
         raise FileNotFoundError(f"{self.path} has no config.json{hint}")
+
+    def _of_a_file(self) -> str:
+        """What is wrong with a path that is a file, and what to do about it."""
+        folder, name = self.path.parent, self.path.name
+        if self.path.suffix not in WEIGHTS:
+            return f"{self.path} is a file, expected a model folder or a .gguf"
+        if not (folder / "config.json").is_file():
+            return f"{self.path} has no config.json beside it: put {NEEDED} there, and name the folder, {folder}"
+        return f"{self.path} is a weight file, name its folder: {folder} --set model_file_name={name}"
 
     def generation_json(self) -> dict[str, Any]:
         return self._optional("generation_config.json")

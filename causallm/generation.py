@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from causallm.config import GenerationConfig
+from causallm.cuda_graphs import graphed
 from causallm.penalties import TokenHistory, adjust_logits
 from causallm.prompt_cache.reuse import PromptCache
 from causallm.prompt_ids import check_ids, fit_prompt, left_pad
@@ -15,6 +16,7 @@ from causallm.prompt_lookup import PromptLookup, rotates_alike
 from causallm.report import Lookup, Report
 from causallm.sampling import make_generators, sample
 from causallm.stop_strings import StopStrings
+from causallm.storage.counts import StorageCounts
 from causallm.stream_decoder import StreamDecoder
 from causallm.transformer import Transformer
 from layers.kv_cache import KVCache
@@ -66,6 +68,9 @@ def generate(
     `cache` takes the place of one made here, static_cache and all, for one prompt, of which it already holds the first
     tokens, but not all; in the end it holds the prompt and what was generated, save the last token.
 
+    On a CUDA device steps of one token a row are replayed as one CUDA graph (`causallm.cuda_graphs.graphed`), over
+    caches that grow, or with static_cache never move; a warning says where a model does not allow that.
+
     Of `prompt_cache`, made by `model`, as much is reused as the prompts begin with (`PromptCache.reuse`); the rest is
     computed, always the last token. One of several rows is for as many prompts, run together; with one of one row
     several prompts run one after the other, each with a copy of it.
@@ -78,9 +83,11 @@ def generate(
         _Row(number, prompt, generator, model, config)
         for number, (prompt, generator) in enumerate(zip(fitted, generators, strict=True))
     ]
-    size = 1 if config.prompt_lookup_num_tokens else model.runtime_config.batch_size or len(rows)
+    size = 1 if config.prompt_lookup_num_tokens else _rows_at_once(model, rows)
     if prompt_cache is not None:
         size = _batch_size(prompt_cache, len(rows), size)
+    # A cache that grows is for a moment in memory twice.
+    fixed = static_cache or model.storage.positions is not None
     batches = (rows[start : start + size] for start in range(0, len(rows), size or 1))
     report = Report() if report is None else report
     if prompt_cache is not None:
@@ -95,15 +102,25 @@ def generate(
         """The cache of a batch, which may hold what its prompts begin with."""
         if cache is not None:
             return cache
-        # The last token of a row is never put into the cache.
-        columns = max(len(row.history.tokens) for row in batch) + max(row.room for row in batch) - 1
-        capacity, drafted = columns if static_cache else None, config.prompt_lookup_num_tokens
+        columns = _columns(batch)
+        capacity, drafted = columns if fixed else None, config.prompt_lookup_num_tokens
         if prompt_cache is None:
             return model.make_cache(len(batch), capacity, drafted)
         tokens = [row.history.tokens for row in batch]
         return prompt_cache.reuse(model, tokens, capacity, drafted, keep=len(batch) < len(rows))[0]
 
     return (event for batch in batches for event in _run(model, batch, config, begin, report, on_prefill))
+
+
+def _columns(rows: Sequence["_Row"]) -> int:
+    """Positions of the cache of a batch; the last token of a row is never put into it."""
+    return max(len(row.history.tokens) for row in rows) + max(row.room for row in rows) - 1
+
+
+def _rows_at_once(model: Transformer, rows: Sequence["_Row"]) -> int:
+    """nntr_config.json's batch_size, else all rows, or as many as the storage has positions for."""
+    size, positions = model.runtime_config.batch_size or len(rows), model.storage.positions
+    return size if positions is None or not rows else max(min(size, positions // max(_columns(rows), 1)), 1)
 
 
 def _batch_size(held: PromptCache, prompts: int, size: int) -> int:
@@ -130,6 +147,7 @@ def _run(
     ids, padding = left_pad([row.history.tokens for row in rows], model.device)
     report.prompt_tokens += sum(len(row.history.tokens) for row in rows)
     chunk = model.runtime_config.init_seq_len or DEFAULT_CHUNK
+    counts = model.storage.counts()
     with report.timed("prefill"):
         cache = begin(rows)
         held = cache[0].offset
@@ -138,6 +156,7 @@ def _run(
             report.reused_tokens = (report.reused_tokens or 0) + reused
         tokens = choose(prefill(model, ids[:, held:], cache, padding, chunk, on_prefill), rows, config)
     report.first_tokens += len(rows)
+    counts = _note_storage(model, report, "prefill", counts)
     steps = (
         _by_lookup(model, rows[0], int(tokens), cache, config, report)
         if config.prompt_lookup_num_tokens
@@ -147,6 +166,15 @@ def _run(
         yield from steps
     finally:
         report.note_cache(model.cache_dtype, sum(layer.nbytes for layer in cache))
+        _note_storage(model, report, "generation", counts)
+
+
+def _note_storage(model: Transformer, report: Report, phase: str, before: StorageCounts | None) -> StorageCounts | None:
+    """Put what came from the disk since `before` to a phase's account; returns what there is until now."""
+    now, report.planned_bytes = model.storage.counts(), model.storage.planned_bytes
+    if now is not None and before is not None:
+        report.note_storage(phase, now - before)
+    return now
 
 
 def _one_by_one(
@@ -159,6 +187,11 @@ def _one_by_one(
     report: Report,
 ) -> Iterator[Event]:
     """From the first token of each row on, a step for each further one."""
+
+    def eager(tokens: Int[Tensor, "batch"]) -> Float[Tensor, "batch vocab"]:
+        return decode_one(model, tokens, cache, padding)
+
+    decode = graphed(model, cache, padding, eager)
     while True:
         for row, token in zip(rows, tokens.tolist(), strict=True):
             if row.finish is None:
@@ -167,7 +200,7 @@ def _one_by_one(
         if all(row.finish for row in rows):
             return
         with report.timed("generation"):
-            tokens = choose(decode_one(model, tokens, cache, padding), rows, config)
+            tokens = choose(decode(tokens), rows, config)
 
 
 def _by_lookup(

@@ -16,9 +16,12 @@ from causallm.generation import Progress
 from causallm.gguf.source import GgufSource, is_gguf
 from causallm.model_source import ModelSource
 from causallm.packing import choose_formats, pack_layers
+from causallm.storage.attach import attach_storage, plan_storage
+from causallm.storage.resident import read_weights, reads_weights
 from causallm.tokenizer import Tokenizer
 from causallm.transformer import Transformer
 from causallm.weights.loader import load_weights
+from causallm.weights.reader import WeightReader
 
 
 def load_model(
@@ -31,18 +34,38 @@ def load_model(
     """Load a model folder or a GGUF file: configuration, Factory, construction on meta, weights, tokenizer.
 
     dtype: "float32", "bfloat16", "float16" (or a torch dtype) for everything; None keeps what the files say.
-    nntr_overrides: keys of nntr_config.json that replace the file's. progress is called after each tensor.
-    FileNotFoundError or ValueError name what is missing or wrong.
+    nntr_overrides: keys of nntr_config.json that replace the file's. progress is called after each tensor, or each unit
+    of those that a memory budget keeps in memory. FileNotFoundError or ValueError name what is missing or wrong.
     """
-    source = find_source(Path(folder))
+    model, weights = build_packed(find_source(Path(folder)), dtype, **nntr_overrides)
+    planned = plan_storage(model, weights, torch.device(device))
+    if planned and planned[0].whole:
+        # All fits, and what is in memory as a whole needs no place to be fetched to.
+        whole = {"memory_budget": None, "fsu": False}
+        model = load_model(folder, device, dtype, progress, **{**nntr_overrides, **whole})
+        model.storage.positions, model.storage.planned_bytes = planned[0].positions, planned[0].memory
+        return model
+    if planned:
+        attach_storage(model, weights, *planned, progress)
+    elif reads_weights(model, weights, torch.device(device)):
+        read_weights(model, weights, progress)
+    else:
+        total, done = len(list(model.parameters())), count(1)
+        load_weights(model, weights, device, (lambda _: progress(next(done), total)) if progress else None)
+    model.generation_config = resolve_generation(model, model.tokenizer)
+    return model.eval()
+
+
+def build_packed(
+    source: ModelSource, dtype: str | torch.dtype | None = None, **nntr_overrides: Any
+) -> tuple[Transformer, WeightReader]:
+    """The model on the meta device with its tokenizer, packed layers where its weights are or are to be packed, and
+    what reads these."""
     model = build_model(source, dtype, **nntr_overrides)
     model.tokenizer = source.tokenizer(model.runtime_config.tokenizer_file)
     weights = source.weights(model)
     pack_layers(model, choose_formats(model, weights.formats()))
-    total, done = len(list(model.parameters())), count(1)
-    load_weights(model, weights, device, (lambda _: progress(next(done), total)) if progress else None)
-    model.generation_config = resolve_generation(model, model.tokenizer)
-    return model.eval()
+    return model, weights
 
 
 def find_source(path: Path) -> ModelSource:

@@ -6,14 +6,13 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import torch
 
+from causallm.available_memory import available_memory
+
 REPEATS = 5
-SIZE, SMALL_SIZE = 10**9, 512 * 10**6
-"""Bytes read: far more than any cache holds, and fewer where memory is short."""
-ENOUGH = 4 * 10**9
-"""Bytes free from which on `SIZE` is read."""
+SIZE = 10**9
+"""Bytes read: far more than any cache holds; where memory is short, a quarter of what is free."""
 
 
 def processors() -> int:
@@ -26,7 +25,7 @@ def processors() -> int:
 def read_bandwidth(threads: int, device: str = "cpu", size: int | None = None) -> float:
     """Bytes a second: `size` bytes of float32 summed, the best of a few times. `threads` matters on the CPU alone."""
     place, before = torch.device(device), torch.get_num_threads()
-    size = size or (SIZE if _free(place) >= ENOUGH else SMALL_SIZE)
+    size = size or min(SIZE, _free(place) // 4)
     numbers = torch.ones(size // 4, device=place)
     torch.set_num_threads(threads)
     try:
@@ -63,4 +62,4 @@ def _seconds(numbers: torch.Tensor) -> float:
 def _free(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return int(psutil.virtual_memory().available)
+    return available_memory().available

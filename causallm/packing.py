@@ -9,8 +9,10 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from causallm.transformer import Transformer
+from causallm.weights.expected import fetched_parameters
 from causallm.weights.names import weight_kind
 from layers.embedding_layer import EmbeddingLayer
+from layers.expert_store import FetchedExperts
 from layers.gpt_oss_moe import GptOssExperts
 from layers.kernels.block_formats import BLOCK_FORMATS
 from layers.kernels.packed_product import expanded
@@ -57,14 +59,29 @@ def _packable(model: nn.Module) -> Iterator[tuple[str, int]]:
         if isinstance(layer, FullyConnected | EmbeddingLayer):
             yield f"{path}.weight", layer.weight.shape[1]
         elif isinstance(layer, GptOssExperts):
-            yield from ((f"{path}.{name}", getattr(layer, name).shape[1]) for name in FUSED)
+            yield from ((_joined(path, name), getattr(layer, name).shape[1]) for name in FUSED)
+        elif isinstance(layer, FetchedExperts):
+            yield from ((f"{path}.{name}", columns) for name, columns in _packable_experts(layer))
 
 
-def pack_layers(model: Transformer, formats: Mapping[str, str]) -> None:
+def _packable_experts(store: FetchedExperts) -> Iterator[tuple[str, int]]:
+    """The same of experts that are fetched, each by its name under the store."""
+    of_one = list(_packable(store.template))
+    if isinstance(store.template, GptOssExperts):
+        yield from of_one
+    else:
+        yield from ((f"{number}.{name}", columns) for number in range(len(store)) for name, columns in of_one)
+
+
+def pack_layers(model: nn.Module, formats: Mapping[str, str]) -> None:
     """Put packed layers, empty and on the meta device, where the weights named are; ValueError where there is none."""
     packable = dict(_packable(model))
     layers: dict[str, dict[str, str]] = {}
-    for name, kind in formats.items():
+    rest = dict(formats)
+    for path, store in [(path, m) for path, m in model.named_modules() if isinstance(m, FetchedExperts)]:
+        names = {f"{path}.{name}": name for name, _ in _packable_experts(store)}
+        _pack_experts(model, path, store, {names[name]: rest.pop(name) for name in names if name in rest})
+    for name, kind in rest.items():
         if name not in packable:
             raise ValueError(f"tensor {name} is packed as {kind}, but the model has no layer of that name to hold it")
         path, _, attribute = name.rpartition(".")
@@ -73,6 +90,24 @@ def pack_layers(model: Transformer, formats: Mapping[str, str]) -> None:
         owner, _, attribute = path.rpartition(".")
         with torch.device("meta"):
             setattr(model.get_submodule(owner), attribute, _packed_layer(model.get_submodule(path), kinds))
+
+
+def _pack_experts(model: nn.Module, path: str, store: FetchedExperts, formats: Mapping[str, str]) -> None:
+    """Give the template of a store packed layers; `formats` are those of its experts by name under it."""
+    if isinstance(store.template, GptOssExperts):
+        if formats:
+            owner, _, attribute = path.rpartition(".")
+            with torch.device("meta"):
+                packed = PackedGptOssExperts.in_place_of(store.template, formats)
+            setattr(model.get_submodule(owner), attribute, FetchedExperts(packed, len(store)))
+        return
+    kinds: dict[str, list[str]] = {}
+    for name, kind in formats.items():
+        kinds.setdefault(name.partition(".")[2], []).append(kind)
+    for name, each in kinds.items():
+        if len(set(each)) > 1 or len(each) != len(store):
+            raise ValueError(f"{path}: {name} is not packed alike in all experts, so that they cannot be fetched")
+    pack_layers(store.template, {name: each[0] for name, each in kinds.items()})
 
 
 def _packed_layer(layer: nn.Module, kinds: Mapping[str, str]) -> nn.Module:
@@ -107,13 +142,34 @@ class PackedTensor:
 
 def packed_tensors(model: nn.Module) -> dict[str, PackedTensor]:
     """The packed weights of a model by name."""
+    storage = getattr(model, "storage", None)
+    if storage is not None and storage.packed is not None:
+        return dict(storage.packed)
     found = {}
     for path, layer in model.named_modules():
         if isinstance(layer, PackedLinear | PackedEmbedding):
-            found[f"{path}.weight"] = PackedTensor(layer.weight, layer.kind)
+            found[_joined(path, "weight")] = PackedTensor(layer.weight, layer.kind)
         elif isinstance(layer, PackedGptOssExperts):
-            found |= {f"{path}.{name}": PackedTensor(getattr(layer, name), kind) for name, kind in layer.kinds.items()}
+            kinds = layer.kinds.items()
+            found |= {_joined(path, name): PackedTensor(getattr(layer, name), kind) for name, kind in kinds}
+        elif isinstance(layer, FetchedExperts):
+            found |= {_joined(path, name): packed for name, packed in _packed_experts(layer).items()}
     return found
+
+
+def _packed_experts(store: FetchedExperts) -> dict[str, PackedTensor]:
+    """The packed weights of all experts that are fetched, on meta, by name under their store."""
+    kinds = {name: packed.kind for name, packed in packed_tensors(store.template).items()}
+    found = {}
+    for name, weight in fetched_parameters(store).items():
+        kind = kinds.get(name) or kinds.get(name.partition(".")[2])
+        if kind:
+            found[name] = PackedTensor(nn.Parameter(weight, requires_grad=False), kind)
+    return found
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
 def packed_shape(shape: Sequence[int], kind: str) -> tuple[int, ...]:

@@ -33,7 +33,8 @@ def fit_prompt(prompt: Sequence[int], config: GenerationConfig, max_length: int,
     if not truncate:
         raise ValueError(
             f"the prompt has {len(prompt)} tokens, but the context is {max_length} tokens, of which at least one is "
-            "to be generated; shorten it, raise max_seq_len where the model allows it, or ask to truncate"
+            "to be generated; shorten it, raise max_seq_len (--max-length) where the model allows it, or ask to "
+            "truncate (--truncate)"
         )
     room = max(max_length - config.max_new_tokens, max_length // 2, 1)
     kept = list(prompt[-room:])

@@ -4,11 +4,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from causallm.byte_size import show_bytes
+from causallm.storage.counts import StorageCounts
 
 
 @dataclass
@@ -33,6 +36,7 @@ class Report:
     there is none.
     cache_dtype, cache_bytes: of the keys and values at the end, or of the largest batch; None, 0 before the first.
     lookup: None where nothing is drafted.
+    storage: what came from the disk in a phase, "prefill" or "generation"; planned_bytes: of memory, if planned.
     """
 
     prompt_tokens: int = 0
@@ -45,6 +49,8 @@ class Report:
     cache_dtype: torch.dtype | None = None
     cache_bytes: int = 0
     lookup: Lookup | None = None
+    storage: dict[str, StorageCounts] = field(default_factory=dict)
+    planned_bytes: int | None = None
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -58,6 +64,10 @@ class Report:
     def note_cache(self, dtype: torch.dtype, nbytes: int) -> None:
         """Take in how large the cache of one batch has become."""
         self.cache_dtype, self.cache_bytes = dtype, max(self.cache_bytes, nbytes)
+
+    def note_storage(self, phase: str, counts: StorageCounts) -> None:
+        """Take in what came from the disk in a phase."""
+        self.storage[phase] = self.storage.get(phase, StorageCounts()) + counts
 
     @property
     def prefill_rate(self) -> float:
@@ -94,12 +104,33 @@ class Report:
             lines.append(f"reused: {self.reused_tokens} of {self.prompt_tokens} prompt tokens, from the prompt cache")
         if self.cache_dtype:
             lines.append(f"cache: {_name(self.cache_dtype)}, {self.cache_bytes / 1e6:.1f} MB")
+        lines += [self._storage_line(phase) for phase in self.storage]
+        if self.planned_bytes:
+            anonymous, mapped = memory_kinds()
+            lines.append(
+                f"memory: planned {show_bytes(self.planned_bytes)}, peak {show_bytes(peak_memory())}; now "
+                f"{show_bytes(anonymous)} of its own, {show_bytes(mapped)} of files"
+            )
         if self.lookup:
             lines.append(
                 f"lookup: {self.lookup.accepted} of {self.lookup.drafted} drafted tokens accepted "
                 f"({100 * self.lookup.acceptance:.0f} %), {self.tokens_per_step:.2f} tokens per step"
             )
         return lines
+
+    def _storage_line(self, phase: str) -> str:
+        counts = self.storage[phase]
+        seconds = getattr(self, f"{phase}_seconds")
+        line = (
+            f"disk in {phase}: {show_bytes(counts.read_bytes)}, {show_bytes(counts.read_rate)}/s, "
+            f"waited {counts.waited_seconds:.2f} s of {seconds:.2f} s"
+        )
+        steps = self.generated_tokens - self.first_tokens
+        if phase == "generation" and steps:
+            line += f", {show_bytes(counts.read_bytes / steps)} a token"
+        if counts.hit_rate is not None:
+            line += f", {100 * counts.hit_rate:.0f} % of experts were in memory"
+        return line
 
     def as_json(self) -> dict[str, Any]:
         """The report as plain values; times in milliseconds, memory in bytes; without keys of what there is not."""
@@ -118,6 +149,22 @@ class Report:
             content["reused_tokens"] = self.reused_tokens
         if self.cache_dtype:
             content |= {"cache_dtype": _name(self.cache_dtype), "cache_bytes": self.cache_bytes}
+        for phase, counts in self.storage.items():
+            content[f"{phase}_storage"] = {
+                "read_bytes": counts.read_bytes,
+                "read_bytes_per_second": round(counts.read_rate),
+                "waited_ms": round(counts.waited_seconds * 1e3, 3),
+                "computed_ms": round((getattr(self, f"{phase}_seconds") - counts.waited_seconds) * 1e3, 3),
+                "expert_hits": counts.hits,
+                "expert_misses": counts.misses,
+            }
+        if self.planned_bytes:
+            anonymous, mapped = memory_kinds()
+            content |= {
+                "planned_memory_bytes": self.planned_bytes,
+                "anonymous_memory_bytes": anonymous,
+                "file_memory_bytes": mapped,
+            }
         if self.lookup:
             content |= {
                 "draft_tokens": self.lookup.drafted,
@@ -146,3 +193,14 @@ def peak_memory() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def memory_kinds() -> tuple[int, int]:
+    """Bytes this process has resident: its own, and mapped files'; all count as its own where the system is silent."""
+    if sys.platform == "linux":
+        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+        own, files, shared = (int(fields[f"Rss{kind}"].split()[0]) * 1024 for kind in ("Anon", "File", "Shmem"))
+        return own + shared, files
+    import psutil
+
+    return int(psutil.Process().memory_info().rss), 0

@@ -1,7 +1,7 @@
 """The template method: how every model is put together and run, with hooks for what families change."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from causallm.blocks import Attention, DecoderBlock, Mlp, run_blocks
 from causallm.config import GenerationConfig, ModelConfig, RuntimeConfig
+from causallm.storage.storage import Storage
 from causallm.tokenizer import Tokenizer
 from layers.embedding_layer import EmbeddingLayer
+from layers.expert_store import ExpertStore, FetchedExperts, ResidentExperts
 from layers.int8_cache import SCALE, Int8KVCache, position_bytes
 from layers.kernels import native
 from layers.kv_cache import KVCache, StaticKVCache
@@ -39,6 +41,7 @@ class Transformer(nn.Module):
     def __init__(self, cfg: ModelConfig, generation_cfg: GenerationConfig, nntr_cfg: RuntimeConfig):
         super().__init__()
         self.tokenizer: Tokenizer | None = None
+        self.storage = Storage()
         self.setupParameters(cfg, generation_cfg, nntr_cfg)
 
     def setupParameters(self, cfg: ModelConfig, generation_cfg: GenerationConfig, nntr_cfg: RuntimeConfig) -> None:
@@ -54,6 +57,7 @@ class Transformer(nn.Module):
                 stacklevel=2,
             )
         self.qkv_bias = self.o_bias = cfg.attention_bias
+        self.fetches_experts = nntr_cfg.memory_budget is not None or "Slim" in cfg.architecture
         self.attention_scale = cfg.head_dim**-0.5
         self.embedding_scale = 1.0
 
@@ -166,6 +170,11 @@ class Transformer(nn.Module):
             activation=self.createLayer("swiglu", activation=self.config.hidden_act),
         )
 
+    def make_experts(self, count: int, make: Callable[[], nn.Module]) -> ExpertStore:
+        """The experts of a mixture, each as `make` makes it: all in memory, or read when a token chose them where the
+        architecture's name or a memory budget asks for that."""
+        return FetchedExperts(make(), count) if self.fetches_experts else ResidentExperts(make() for _ in range(count))
+
     def make_cache(self, batch: int = 1, capacity: int | None = None, rollback: int = 0) -> list[KVCache]:
         """One empty cache per layer; `capacity` positions are allocated at once where it is given.
 
@@ -177,7 +186,8 @@ class Transformer(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(self.parameters()).device
+        weight: Any = self.norm.weight
+        return weight.device
 
     @property
     def cache_dtype(self) -> torch.dtype:
@@ -186,7 +196,8 @@ class Transformer(nn.Module):
         if self.runtime_config.kv_cache_dtype is not None:
             return self.runtime_config.kv_cache_dtype
         packed = self.runtime_config.fc_format is not None and self.dtype == torch.float32
-        return torch.float16 if packed and self.device.type == "cpu" and native.library() is not None else self.dtype
+        on_cpu = self.device.type in ("cpu", "meta")
+        return torch.float16 if packed and on_cpu and native.library() is not None else self.dtype
 
     @property
     def cache_position_bytes(self) -> int:
@@ -227,4 +238,4 @@ class Transformer(nn.Module):
             rope_length=rope_length,
             documents=documents,
         )
-        return self.norm(run_blocks(self.layers, x, step, cache))
+        return self.norm(run_blocks(self.layers, x, step, cache, self.storage))

@@ -7,14 +7,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from layers.expert_store import Expert
+from layers.expert_store import Expert, ExpertStore
 from layers.moe_routing import mix_experts
 from layers.precision import at_least_float32
 from layers.swiglu import ClampedSwiGLU
 
 
 class GptOssExperts(nn.Module):
-    """All experts in four tensors, (experts, in, out) as the checkpoint has them; an expert store of its own."""
+    """All experts in four tensors, (experts, in, out) as the checkpoint has them; an expert store of its own.
+
+    One that holds a single expert is that expert, too.
+    """
 
     def __init__(
         self,
@@ -40,6 +43,10 @@ class GptOssExperts(nn.Module):
         for expert_id in expert_ids:
             yield expert_id, partial(self._expert, expert_id)
 
+    def forward(self, x: Float[Tensor, "tokens dim"]) -> Float[Tensor, "tokens dim"]:
+        assert len(self) == 1, "one of several experts is had from fetch"
+        return self._expert(0, x)
+
     def _expert(self, expert_id: int, x: Float[Tensor, "tokens dim"]) -> Float[Tensor, "tokens dim"]:
         """Gate and up stand in alternating columns."""
         gate_up = self.project("gate_up_proj", expert_id, x)
@@ -57,7 +64,7 @@ class GptOssExperts(nn.Module):
 class GptOssMoe(nn.Module):
     """Router (with bias) and experts; the softmax is over the scores of the chosen."""
 
-    def __init__(self, router: nn.Module, experts: GptOssExperts, num_chosen: int):
+    def __init__(self, router: nn.Module, experts: ExpertStore, num_chosen: int):
         super().__init__()
         self.router, self.experts, self.num_chosen = router, experts, num_chosen
 

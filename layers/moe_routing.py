@@ -13,7 +13,11 @@ def mix_experts(
     weights: Float[Tensor, "tokens chosen"],
     experts: ExpertStore,
 ) -> Float[Tensor, "tokens dim"]:
-    """Sum over chosen experts of weight * expert(x), each expert run once on all of its tokens."""
+    """Sum over chosen experts of weight * expert(x), each expert run once on all of its tokens.
+
+    Sums are taken in the order of the experts' numbers, so that the result does not depend on the order in which the
+    store yields them: what comes early is kept until its turn, at most (tokens * chosen, dim) values.
+    """
     mixed = torch.zeros_like(x)
     order = chosen.flatten().argsort(stable=True)
     tokens, flat_weights = order // chosen.shape[1], weights.flatten()[order]
@@ -21,8 +25,14 @@ def mix_experts(
     starts = [0]
     for count in counts:
         starts.append(starts[-1] + count)
-    for expert_id, expert in experts.fetch([expert_id for expert_id, count in enumerate(counts) if count]):
+    asked = [expert_id for expert_id, count in enumerate(counts) if count]
+    early: dict[int, Tensor] = {}
+    turns = iter(asked)
+    turn = next(turns, None)
+    for expert_id, expert in experts.fetch(asked):
         part = slice(starts[expert_id], starts[expert_id + 1])
-        output = expert(x[tokens[part]]) * flat_weights[part, None]
-        mixed.index_add_(0, tokens[part], output.to(mixed.dtype))
+        early[expert_id] = (expert(x[tokens[part]]) * flat_weights[part, None]).to(mixed.dtype)
+        while turn in early:
+            mixed.index_add_(0, tokens[starts[turn] : starts[turn + 1]], early.pop(turn))
+            turn = next(turns, None)
     return mixed

@@ -75,7 +75,8 @@ def test_main_imports_causallm_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("path", sources("layers"), ids=name_of)
 def test_layers_are_leaves(path: Path) -> None:
-    assert imported_rooms(path) <= {"layers", "torch", "jaxtyping"}
+    optional = {"triton"} if path.name == "triton_product.py" else set()
+    assert imported_rooms(path) <= {"layers", "torch", "jaxtyping"} | optional
 
 
 @pytest.mark.parametrize("path", sources("causallm"), ids=name_of)

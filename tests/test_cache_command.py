@@ -92,7 +92,8 @@ def test_several_prompts_are_one_batch(folder: Path, tmp_path: Path, capsys: Cap
     capsys.readouterr()
     assert main([str(folder), *SHORT, "--prompt-cache", str(path)]) == 0
     expected = model.generate_text([PROMPT, "girl"], max_new_tokens=12, chat=False)
-    assert capsys.readouterr().out == "\n".join(expected) + "\n"
+    answers = [f"==> {prompt} <==\n{text}\n" for prompt, text in zip((PROMPT, "girl"), expected, strict=True)]
+    assert capsys.readouterr().out == "\n".join(answers)
 
 
 def test_bench_begins_with_the_cache(folder: Path, cached: Path, capsys: Captured) -> None:
@@ -132,7 +133,7 @@ def test_mistakes_are_one_line(folder: Path, cached: Path, tmp_path: Path, capsy
             [model, "x", "--prompt-cache", str(cached), "--cache-dtype", "int8"],
             "cache_dtype differs: found float32,",
         ),
-        ([model, "x", "--cache-dtype", "int4"], "kv_cache_dtype is 'int4', expected one of"),
+        ([model, "x", "--cache-dtype", "int4"], "kv_cache_dtype (--cache-dtype) is 'int4', expected one of"),
         ([model, "x", "--prompt-cache", str(batch)], "the prompt cache has 2 rows, expected as many prompts"),
         (["bench", model, "--prompt-cache", str(batch)], "the prompt cache has rows of different lengths"),
     ):

@@ -4,11 +4,13 @@ import io
 import json
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import termios
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from tqdm import tqdm
 
 import causallm.generation
 from causallm import load_model
-from causallm.cli import VERBS, main
+from causallm.cli import VERBS, main, reporting_errors
 
 MAIN = Path(__file__).resolve().parents[1] / "main.py"
 Captured = pytest.CaptureFixture[str]
@@ -164,8 +166,16 @@ def test_several_prompts_are_answered_one_after_the_other(folder: Path, expected
     for arguments in ([], ["--set", "batch_size=1"], ["--set", "batch_size=2"]):
         assert main([str(folder), PROMPT, "--prompt", "girl", "--prompt", PROMPT, *SHORT, *arguments]) == 0
         output = capsys.readouterr()
-        assert output.out == f"{expected}\n{other}\n{expected}\n"
+        answers = (f"==> {text} <==\n{answer}\n" for text, answer in ((PROMPT, expected), ("girl", other)) * 2)
+        assert output.out == "\n".join(list(answers)[:3])
         assert "generation: 36 tokens" in report_lines(output.err, "cache")[1]
+
+
+def test_a_long_prompt_is_one_short_line_above_its_answer(folder: Path, capsys: Captured) -> None:
+    assert main([str(folder), "girl\n \tgirl", "--prompt", "ab" * 99, *SHORT]) == 0
+    headers = [line for line in capsys.readouterr().out.splitlines() if line.startswith("==> ")]
+    assert headers[0] == "==> girl girl <=="
+    assert headers[1] == f"==> {'ab' * 34}a... <=="
 
 
 @pytest.mark.parametrize("content", [PROMPT, PROMPT + "\n", PROMPT + "\r\n", "\ufeff" + PROMPT])
@@ -215,9 +225,15 @@ def test_an_embedding_model_prints_vectors(tmp_path: Path, capsys: Captured) -> 
     output = capsys.readouterr()
     shown = torch.tensor([[float(value) for value in line.split()] for line in output.out.splitlines()])
     torch.testing.assert_close(shown, vectors, atol=1e-5, rtol=1e-4)
-    report_lines(output.err)
+    tokens = sum(len(load_model(tmp_path).tokenizer.encode_prompt(text)) for text in (PROMPT, "girl"))
+    prefill, load = output.err.splitlines()
+    assert prefill.startswith(f"prefill: {tokens} tokens, ")
+    assert re.fullmatch(r"load: \d+ ms, peak memory: \d+ MB", load)
     assert main([str(tmp_path), PROMPT, "--prompt", "girl", "--json"]) == 0
-    torch.testing.assert_close(torch.tensor(json.loads(capsys.readouterr().out)["vectors"]), vectors)
+    content = json.loads(capsys.readouterr().out)
+    torch.testing.assert_close(torch.tensor(content["vectors"]), vectors)
+    assert content["prompt_tokens"] == tokens
+    assert not any("generat" in key or "first" in key for key in content)
 
 
 def interrupt_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,7 +256,8 @@ def test_an_interruption_keeps_what_there_is(
     interrupt_after(8, monkeypatch)
     assert main([str(folder), PROMPT, "--prompt", "girl", *SHORT]) == 130
     output = capsys.readouterr()
-    first, second, rest = output.out.split("\n")
+    header, first, between, other, second, rest = output.out.split("\n")
+    assert (header, between, other) == (f"==> {PROMPT} <==", "", "==> girl <==")
     assert expected.startswith(first.removesuffix("\ufffd"))
     assert len(first) > 3
     assert (len(second) > 3, rest) == (True, "")
@@ -287,11 +304,10 @@ def test_a_short_prompt_has_no_progress_bar(folder: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.filterwarnings("default")
 def test_a_warning_is_one_line(folder: Path, capsys: Captured) -> None:
-    assert main([str(folder), PROMPT * 4, "--max-length", "16", "-n", "4", "--truncate", "--set", "fsu=true"]) == 0
+    assert main([str(folder), PROMPT * 100, "--max-length", "600", "-n", "4", "--truncate"]) == 0
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 6
-    assert lines[0].startswith("warning: ")
-    assert "fsu is not acted on" in lines[0]
+    assert lines[0].startswith("warning: max_seq_len (--max-length) 600 is more than the 512 positions")
     assert lines[1].endswith("tokens are left out")
 
 
@@ -386,8 +402,16 @@ def test_a_damaged_folder_is_one_line(
         ("MODEL x -n 0", "max_new_tokens: got 0, expected at least 1"),
         ("MODEL x --threads 0", "--threads: got 0, expected 1 to "),
         ("MODEL x --threads 100000", "--threads: got 100000, expected 1 to "),
-        ("MODEL x --chunk 0", "with init_seq_len=0: init_seq_len is 0, expected a whole number of at least 1"),
-        ("MODEL x --max-length -5", "with max_seq_len=-5: max_seq_len is -5, expected"),
+        ("MODEL x --chunk 0", "with init_seq_len=0: init_seq_len (--chunk) is 0, expected a whole number of"),
+        ("MODEL x --max-length -5", "with max_seq_len=-5: max_seq_len (--max-length) is -5, expected"),
+        ("MODEL x --max-length=-5", "with max_seq_len=-5: max_seq_len (--max-length) is -5, expected"),
+        ("MODEL x --set max_seq_len=-5", "with max_seq_len=-5: max_seq_len is -5, expected"),
+        ("MODEL x --cache-dtype int3", "kv_cache_dtype (--cache-dtype) is 'int3', expected one of"),
+        (
+            "MODEL x --max-length 9 --set k=1",
+            "kv_cache_dtype, lmhead_dtype, lora_alpha, lora_rank, lora_target, max_se",
+        ),
+        ("MODEL xyz --max-length 2", "raise max_seq_len (--max-length) where the model allows it, or ask to truncate"),
         ("MODEL x --dtype int3", "unknown dtype 'int3', expected one of"),
         ("MODEL x --device nowhere", "--device: 'nowhere' cannot be used here"),
         ("MODEL x --device hpu", "--device: 'hpu' cannot be used here"),
@@ -403,7 +427,7 @@ def test_a_damaged_folder_is_one_line(
         ("MODEL x --revision main", "--revision is for hub ids"),
         ("MODEL x --no-such-option", "unrecognized arguments: --no-such-option"),
         ("MODEL x y z", "unrecognized arguments: y z"),
-        ("", "the following arguments are required: MODEL"),
+        ("run", "the following arguments are required: MODEL (see main.py run --help)"),
         ("convert MODEL", "the following arguments are required: -o/--output"),
         ("convert MODEL -o MODEL/no/such/x.safetensors", "no/such"),
         ("download missing", "there is no folder missing, and it is no hub id"),
@@ -413,6 +437,53 @@ def test_a_damaged_folder_is_one_line(
 )
 def test_a_mistake_is_one_line(folder: Path, capsys: Captured, arguments: str, message: str) -> None:
     assert message in mistake(capsys, *arguments.replace("MODEL", str(folder)).split())
+
+
+def test_a_weight_file_is_answered_with_what_it_needs(folder: Path, tmp_path: Path, capsys: Captured) -> None:
+    line = mistake(capsys, str(folder / "model.safetensors"), "x")
+    assert f"name its folder: {folder} --set model_file_name=model.safetensors" in line
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "x.bin").write_bytes(b"weights")
+    (bare / "notes.txt").write_bytes(b"text")
+    line = mistake(capsys, str(bare / "x.bin"), "x")
+    assert "x.bin has no config.json beside it: put the model's config.json and tokenizer.json there" in line
+    for arguments in ([str(bare), "x"], ["convert", str(bare / "x.bin"), "-o", str(tmp_path / "y")]):
+        assert "has no config.json, without which x.bin cannot be read: put" in mistake(capsys, *arguments)
+    assert "notes.txt is a file, expected a model folder or a .gguf" in mistake(capsys, str(bare / "notes.txt"), "x")
+
+
+@pytest.mark.parametrize(
+    ("error", "amount"),
+    [
+        (MemoryError(), ""),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you "
+            "tried to allocate 4096000000000 bytes. Error code 12 (Cannot allocate memory)"), ", 4,096,000 MB more"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has"), ", 20.00 MiB more"),
+        (RuntimeError("unable to mmap 4096 bytes from file <x>: Cannot allocate memory (12)"), ""),
+    ],
+)  # fmt: skip
+def test_memory_that_runs_out_is_one_line_with_advice(
+    folder: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch, error: Exception, amount: str
+) -> None:
+    def exhausted(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("causallm.commands.run.open_model", exhausted)
+    line = mistake(capsys, str(folder), "x")
+    assert line.startswith(f"error: out of memory{amount}")
+    assert all(word in line for word in ("--max-length", "quantize", "--memory-budget"))
+
+
+def test_torch_reports_exhausted_memory_as_is_known(capsys: Captured) -> None:
+    """The message is torch's own, whatever its version: no memory can hold this."""
+    assert reporting_errors(lambda: len(torch.empty(2**60, dtype=torch.int8))) == 2
+    assert capsys.readouterr().err.startswith("error: out of memory, 1,152,921,504,607 MB more could not be had")
+
+
+def test_another_failure_of_the_program_is_not_hidden() -> None:
+    with pytest.raises(RuntimeError, match="shapes"):
+        reporting_errors(lambda: len(torch.ones(2, 3) @ torch.ones(2, 3)))
 
 
 def test_a_prompt_that_is_too_long_is_refused_with_the_counts(folder: Path, capsys: Captured) -> None:
@@ -449,16 +520,16 @@ def test_a_hub_id_is_run_from_where_it_was_fetched_to(
 
 OPTIONS = """
     --bad-word --bad-word-ids --cache-dtype --chat --chunk --device --dtype --frequency-penalty --greedy --help --json
-    --logit-bias --max-length --max-new-tokens --min-p --plugin --presence-penalty --prompt --prompt-cache --prompt-file
-    --prompt-lookup --raw --repetition-penalty --revision --seed --set --static-cache --stop --system --temperature
-    --template-var --threads --top-k --top-p --truncate
+    --logit-bias --max-length --max-new-tokens --memory-budget --min-p --no-mmap --plugin --presence-penalty --prompt
+    --prompt-cache --prompt-file --prompt-lookup --raw --repetition-penalty --revision --seed --set --static-cache
+    --stop --system --temperature --template-var --threads --top-k --top-p --truncate
 """
 
 
 def test_the_options_of_run_are_these(capsys: Captured) -> None:
     """A script that uses one must not find it gone; to add one is to add it here."""
     with pytest.raises(SystemExit, match="0"):
-        main(["--help"])
+        main(["run", "--help"])
     output = capsys.readouterr()
     shown = {
         word.strip("[],")
@@ -467,8 +538,46 @@ def test_the_options_of_run_are_these(capsys: Captured) -> None:
         if word.strip("[").startswith("--")
     }
     assert shown == set(OPTIONS.split())
-    assert all(f"  {verb}" in output.out for verb in VERBS)
     assert output.err == ""
+
+
+def test_help_lists_the_verbs_and_so_does_a_command_without_arguments(capsys: Captured) -> None:
+    assert main(["--help"]) == 0
+    output = capsys.readouterr()
+    assert all(f"\n  {verb} " in output.out for verb in VERBS)
+    assert output.err == ""
+    assert main([]) == 2
+    again = capsys.readouterr()
+    assert (again.out, again.err) == ("", output.out)
+
+
+def test_the_version_is_that_of_the_package(capsys: Captured) -> None:
+    assert main(["--version"]) == 0
+    project = tomllib.loads((MAIN.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert capsys.readouterr().out.startswith(f"causallm {project['version']}, torch {torch.__version__}, Python 3.")
+
+
+WITHOUT_TORCH = """
+import sys
+from causallm.cli import main
+main(sys.argv[1:])
+sys.exit(7 if "torch" in sys.modules else 0)
+"""
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["--version"], ["chta"]], ids=str)
+def test_what_needs_no_model_does_not_wait_for_torch(arguments: list[str]) -> None:
+    command = [sys.executable, "-c", WITHOUT_TORCH, *arguments]
+    done = subprocess.run(command, cwd=MAIN.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_the_package_exports_is_there_when_asked_for() -> None:
+    """In a process that has imported nothing else, so that families are registered by the first name alone."""
+    script = "from causallm import Factory; print(*Factory.known()); import causallm; causallm.nothing"
+    done = subprocess.run([sys.executable, "-c", script], cwd=MAIN.parent, capture_output=True, text=True)
+    assert "LlamaForCausalLM" in done.stdout.split()
+    assert done.stderr.rstrip().endswith("AttributeError: module 'causallm' has no attribute 'nothing'")
 
 
 @pytest.mark.parametrize("verb", VERBS)

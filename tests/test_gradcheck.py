@@ -98,7 +98,7 @@ def layer_classes() -> Iterator[type[nn.Module]]:
 def test_no_layer_is_forgotten() -> None:
     """The table above and the tests below name every class; a new layer comes here as well."""
     checked = {type(make()[0]) for make in LAYERS.values()}
-    checked |= {SwiGLU, ClampedSwiGLU, MHACore, QwenMoe, GptOssMoe, PackedLinear, PackedEmbedding}
+    checked |= {SwiGLU, ClampedSwiGLU, MHACore, QwenMoe, GptOssMoe, GptOssExperts, PackedLinear, PackedEmbedding}
     assert set(layer_classes()) - checked == set()
 
 

@@ -33,13 +33,15 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama MQA": ("LlamaConfig", {"head_dim": 32, "num_key_value_heads": 1, "hidden_size": 96}),
     "qwen2 sliding": ("Qwen2Config", {**SLIDING, "hidden_size": 64, "max_window_layers": 2}),
     "qwen3": ("Qwen3Config", {"head_dim": 16, "num_hidden_layers": 2}),
-    "qwen3-moe": ("Qwen3MoeConfig", {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+    "qwen3-moe": ("Qwen3MoeConfig", {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 32,
                                      "head_dim": 16, "mlp_only_layers": [1]}),
     "gemma3": ("Gemma3TextConfig", {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 20,
                                     "attn_logit_softcapping": 2.0,
                                     "layer_types": ["sliding_attention", "full_attention"] * 2}),
     "gpt-oss": ("GptOssConfig", {"head_dim": 16, "sliding_window": 8, "num_local_experts": 4,
                                  "num_experts_per_tok": 2}),
+    "gpt-oss clamping": ("GptOssConfig", {"head_dim": 16, "num_local_experts": 5, "num_experts_per_tok": 3,
+                                          "swiglu_limit": 0.7, "swiglu_alpha": 1.3}),
 }  # fmt: skip
 
 
@@ -119,8 +121,8 @@ def test_halves_are_what_the_modules_do(name: str, level: int, folders: Any, cal
     fused, alone = both(model, calls, sizes)
     native.choose(native.AVX512)
     assert difference(fused, alone) < TOLERANCE
-    # All blocks at once, but for gpt-oss's fused experts, which the kernels do not know.
-    assert calls.most == (1 if name == "gpt-oss" else 2 * len(model.layers))
+    # All blocks at once, but for gpt-oss's float experts, which lie transposed.
+    assert calls.most == (1 if "gpt-oss" in name else 2 * len(model.layers))
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -128,9 +130,17 @@ def test_halves_are_what_the_modules_do(name: str, level: int, folders: Any, cal
 def test_packed_weights(name: str, kind: str, folders: Any, calls: Calls) -> None:
     model = load(folders(name), fc_layer_dtype=kind, model_tensor_type=f"{kind}-FP32")
     fused, alone = both(model, calls, (4, *(1,) * 10, 4))
+    assert calls.most == 2 * len(model.layers)
     # A value on the edge between two int8 codes may fall to either side.
     assert difference(fused, alone) < 2e-2
     assert (fused - alone).abs().median() < 1e-5 * alone.abs().max()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_clamped_gates_on_any_processor(level: int, folders: Any, calls: Calls) -> None:
+    native.choose(level)
+    test_packed_weights("gpt-oss clamping", "Q8_0", folders, calls)
+    native.choose(native.AVX512)
 
 
 @pytest.mark.parametrize("name", SHAPES)

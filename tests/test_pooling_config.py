@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from causallm.config.pooling import DenseConfig, PoolingConfig, read_pooling
+from causallm.config.pooling import POOLINGS, DenseConfig, PoolingConfig, pooling_files, read_pooling
 
 
 def write_modules(folder: Path, files: dict[str, Any]) -> None:
@@ -38,6 +38,13 @@ def test_pooling_files_of_sentence_transformers(tmp_path: Path, mode: str) -> No
         assert read_pooling(tmp_path) == PoolingConfig(mode, True, (DenseConfig("2_Dense", 8, 4, False),))
     write_modules(tmp_path, {"modules.json": MODULES[:2]})
     assert read_pooling(tmp_path) == PoolingConfig(mode, False, ())
+
+
+@pytest.mark.parametrize("mode", sorted(POOLINGS.values()))
+@pytest.mark.parametrize("normalize", [True, False])
+def test_what_is_written_is_read_back(tmp_path: Path, mode: str, normalize: bool) -> None:
+    write_modules(tmp_path, pooling_files(PoolingConfig(mode, normalize)))
+    assert read_pooling(tmp_path) == PoolingConfig(mode, normalize)
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,25 @@
 """The quantize verb: what is packed, in what, that the folder runs, and what is refused."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import Checkpoints
+from embedding_folders import save_embedding_model
 from families import FAMILIES, prompt, relative_error
+from sample_tokenizers import byte_level, save
 from text_models import save_text_model
 
 from causallm import load_model
 from causallm.cli import main
+from causallm.config.pooling import PoolingConfig
 from causallm.loading import build_model
 from causallm.packing import choose_formats, pack_layers, packed_tensors
+from causallm.weights.convert import convert
 from causallm.weights.loader import assign, load_weights
 from causallm.weights.open import open_weights
 from causallm.weights.quantize import FILES, quantize
@@ -125,9 +131,66 @@ def test_verify_prints_errors_perplexity_and_divergence(source: Path, tmp_path: 
     assert main(["quantize", str(source), "-o", str(out), "--fc_dtype", "Q8_0", "--verify", "--text", str(text)]) == 0
     printed = capsys.readouterr().out
     assert "packed: 15 in Q8_0" in printed
-    assert "perplexity: " in printed
+    assert re.search(
+        r"perplexity: [\d.]+ before \(in float32\), [\d.]+ packed \(activations in float32\), [+-]", printed
+    )
     kl = float(printed.split("KL divergence: ")[1].split()[0])
     assert 0 < kl < 0.01
+
+
+@pytest.mark.filterwarnings("ignore:llama.cpp has no rules")
+@pytest.mark.parametrize("name", ["one.safetensors", "x.gguf"])
+def test_verify_reads_a_source_that_is_one_file(name: str, source: Path, tmp_path: Path, capsys) -> None:
+    shutil.copytree(source, tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").rename(tmp_path / "m" / "one.safetensors")
+    if name == "x.gguf":
+        convert(source, tmp_path / "m" / name)
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a dog. " * 4)
+    quantized = ("quantize", str(tmp_path / "m" / name), "-o", str(tmp_path / "packed"), "--fc_dtype", "Q8_0")
+    assert main([*quantized, "--verify", "--text", str(text)]) == 0
+    printed = capsys.readouterr().out
+    assert "Q8_0: 15 weights" in printed
+    assert 0 < float(printed.split("KL divergence: ")[1].split()[0]) < 0.01
+
+
+@pytest.mark.filterwarnings("ignore:llama.cpp has no rules")
+@pytest.mark.parametrize("family", ["LlamaConfig", "Qwen3Config"])
+def test_a_gguf_file_is_packed_as_the_folder_that_it_was_made_from(family: str, tmp_path: Path) -> None:
+    save_text_model(tmp_path / "m", family, head_dim=64, tie_word_embeddings=False, **WIDE)
+    convert(tmp_path / "m", tmp_path / "x.gguf")
+    types = ("Q4_0", "Q6_K", "Q8_0")
+    expected = quantize(tmp_path / "m", tmp_path / "a", *types)
+    assert quantize(tmp_path / "x.gguf", tmp_path / "b", *types) == expected
+    ours, theirs = (SafetensorsReader({tmp_path / name / FILE: ""}) for name in "ba")
+    assert ours.formats() == theirs.formats()
+    assert all(torch.equal(ours.tensor(name), theirs.tensor(name)) for name in theirs.names())
+    models = [load_model(tmp_path / name) for name in "ab"]
+    assert models[0].generate_text("Once", max_new_tokens=8) == models[1].generate_text("Once", max_new_tokens=8)
+
+
+@pytest.mark.filterwarnings("ignore:llama.cpp has no rules")
+def test_a_gguf_file_of_an_embedding_model_keeps_its_pooling(tmp_path: Path) -> None:
+    settings = {"vocab_size": 422, "hidden_size": 64, "intermediate_size": 128, "head_dim": 32}
+    save_embedding_model(tmp_path / "m", "Qwen3Config", dense=False, **settings)
+    save(byte_level(), tmp_path / "m")
+    convert(tmp_path / "m", tmp_path / "x.gguf")
+    quantize(tmp_path / "x.gguf", tmp_path / "packed", "Q8_0")
+    texts = ["Once upon a time", "girl"]
+    assert load_model(tmp_path / "packed").pooling == PoolingConfig("mean")
+    found, expected = (load_model(tmp_path / name).encode(texts) for name in ("packed", "m"))
+    assert relative_error(found, expected) < 0.05
+    convert(tmp_path / "x.gguf", tmp_path / "floats")
+    torch.testing.assert_close(load_model(tmp_path / "floats").encode(texts), expected)
+
+
+def test_a_head_that_is_the_embedding_has_no_format_of_its_own(source: Path, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="^lmhead_dtype Q6_K is not acted on: .*, which gets Q4_0$"):
+        quantize(source, tmp_path / "a", "Q8_0", "Q4_0", "Q6_K")
+    assert load_model(tmp_path / "a").embed_tokens.kind == "Q4_0"
+    assert json.loads((tmp_path / "a" / "nntr_config.json").read_text())["lmhead_dtype"] == "Q4_0"
+    quantize(source, tmp_path / "b", "Q8_0", "Q4_0", "Q4_0")
+    quantize(source, tmp_path / "c", "Q8_0", None, "Q8_0")
 
 
 def refusal(capsys: pytest.CaptureFixture, *arguments: object) -> str:
@@ -136,13 +199,18 @@ def refusal(capsys: pytest.CaptureFixture, *arguments: object) -> str:
     return line
 
 
+@pytest.mark.filterwarnings("ignore:llama.cpp has no rules")
 def test_mistakes_are_one_line_and_leave_nothing(source: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "packed"
     assert "unknown format 'Q5_0'" in refusal(capsys, source, "-o", out, "--fc_dtype", "Q5_0")
     assert "--text belongs to --verify" in refusal(capsys, source, "-o", out, "--text", "x")
     assert not list(tmp_path.iterdir())
     quantize(source, out, "Q8_0")
-    assert "is packed already" in refusal(capsys, out, "-o", tmp_path / "again")
+    assert "is packed already (15 tensors in Q8_0); " in refusal(capsys, out, "-o", tmp_path / "again")
+    convert(out, tmp_path / "x.gguf")
+    line = refusal(capsys, tmp_path / "x.gguf", "-o", tmp_path / "again")
+    assert "x.gguf is packed already (15 tensors in Q8_0); packing again would lose more: quantize the float" in line
+    (tmp_path / "x.gguf").unlink()
     assert "exists and is not an empty folder" in refusal(capsys, source, "-o", out)
     assert [path.name for path in tmp_path.iterdir()] == ["packed"]
 

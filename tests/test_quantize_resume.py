@@ -18,7 +18,7 @@ from torch import Tensor
 
 from causallm.cli import main
 from causallm.weights import resumable
-from causallm.weights.convert import Written
+from causallm.weights.convert import Written, convert
 from causallm.weights.quantize import FILES, quantize
 from causallm.weights.resumable import JOURNAL
 from causallm.weights.tensor_bytes import write_tensor
@@ -201,6 +201,21 @@ def test_a_changed_source_is_started_anew(change: Callable[[Path], None], source
     assert "anew" in notice
     run(source, tmp_path / "whole", "bin")
     assert contents(tmp_path / "packed") == contents(tmp_path / "whole")
+
+
+@pytest.mark.filterwarnings("ignore:llama.cpp has no rules")
+def test_a_gguf_source_is_gone_on_with_until_it_changes(source: Path, tmp_path: Path) -> None:
+    file = tmp_path / "x.gguf"
+    convert(source, file)
+    run(file, tmp_path / "whole", "safetensors")
+    killed(file, tmp_path / "packed", "safetensors")
+    killed(file, tmp_path / "changed", "safetensors")
+    (notice,), _ = run(file, tmp_path / "packed", "safetensors")
+    assert notice.startswith("going on with")
+    assert contents(tmp_path / "packed") == contents(tmp_path / "whole")
+    os.utime(file, ns=(1, 1))
+    (notice,), _ = run(file, tmp_path / "changed", "safetensors")
+    assert "anew" in notice
 
 
 @pytest.mark.parametrize(("fc", "output_format"), [("Q8_0", "safetensors"), ("Q4_0", "bin")])

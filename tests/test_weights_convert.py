@@ -19,6 +19,7 @@ from torch import Tensor
 
 from causallm.cli import main
 from causallm.weights import tensor_bytes
+from causallm.weights.atomic_file import temporary_beside
 from causallm.weights.convert import Written, convert
 from causallm.weights.nntr_bin import NntrReader
 from causallm.weights.safetensors_reader import SafetensorsReader
@@ -62,6 +63,32 @@ def test_a_kill_half_way_leaves_the_old_file_or_none(checkpoints: Checkpoints, t
     assert (tmp_path / "model.bin").read_bytes() == b"old"
     assert not (tmp_path / "model.safetensors").exists()
     assert not (tmp_path / "folder").exists()
+    assert len(list(tmp_path.iterdir())) == 4, "what was being written is left"
+    for output in OUTPUTS:
+        convert(checkpoints.folder("llama"), tmp_path / output)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(OUTPUTS), "the same command clears it away"
+
+
+def test_only_what_nobody_writes_any_more_is_cleared_away(tmp_path: Path) -> None:
+    """Kept: what a process that runs, or another computer, writes; what stands for another file; the file itself."""
+    target = tmp_path / "x[1].bin"
+    own = temporary_beside(target).name
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as running:
+        dead = subprocess.Popen([sys.executable, "-c", ""])
+        dead.wait()
+        gone = own.replace(f".{os.getpid()}.", f".{dead.pid}.")
+        kept = [
+            target.name,
+            own.replace(f".{os.getpid()}.", f".{running.pid}."),
+            gone.replace(f".{dead.pid}.", f"-elsewhere.{dead.pid}."),
+            gone.replace("x[1].bin", "y.bin"),
+            gone.replace("x[1].bin", "x1.bin"),
+        ]
+        for name in (own, gone, *kept):
+            (tmp_path / name).write_bytes(b"half")
+        assert temporary_beside(target) == tmp_path / own
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
+        running.communicate(b"\n")
 
 
 def test_an_old_file_is_replaced_at_the_end(checkpoints: Checkpoints, tmp_path: Path) -> None:

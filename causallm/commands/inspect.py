@@ -9,6 +9,7 @@ from causallm.commands.model_arguments import add_model_arguments, prepare
 from causallm.loading import build_model, find_source
 from causallm.packing import choose_formats, pack_layers, packed_tensors
 from causallm.transformer import Transformer
+from causallm.weights.expected import expected_parameters
 from causallm.weights.names import nntrainer_name
 
 COLUMNS = ("nntrainer", "name", "shape", "dtype", "parameters", "bytes")
@@ -65,7 +66,7 @@ def weight_rows(model: Transformer) -> list[dict[str, Any]]:
     sandwich = any(isinstance(block, SandwichBlock) for block in model.layers)
     packed = packed_tensors(model)
     rows = []
-    for name, parameter in model.named_parameters():
+    for name, parameter in expected_parameters(model).items():
         shape = packed[name].shape if name in packed else parameter.shape
         dtype = packed[name].kind if name in packed else str(parameter.dtype).removeprefix("torch.")
         row = {"nntrainer": nntrainer_name(name, sandwich), "name": name, "shape": list(shape), "dtype": dtype}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from causallm.byte_size import parse_bytes
 from causallm.generation import Progress
 from causallm.hub import resolve_model
 from causallm.loading import load_model
@@ -15,10 +16,13 @@ from causallm.plugin import load_plugin
 from causallm.report import Report
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """MODEL and what changes how it is built; enough to build it without weights."""
     parser.add_argument(
-        "model", metavar="MODEL", help="a model folder, a .gguf file, or a hub id such as Qwen/Qwen3-0.6B"
+        "model",
+        metavar="MODEL",
+        nargs=None if required else "?",
+        help="a model folder, a .gguf file, or a hub id such as Qwen/Qwen3-0.6B",
     )
     group = parser.add_argument_group("model")
     group.add_argument("--revision", help="branch, tag or commit of a hub id")
@@ -26,6 +30,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--cache-dtype", help="int8, float16, bfloat16 or float32 for the key-value cache (kv_cache_dtype)"
     )
+    group.add_argument(
+        "--memory-budget", metavar="BYTES",
+        help="run in so much memory in all, 2GB say; weights are read from the disk when needed (memory_budget)",
+    )  # fmt: skip
+    group.add_argument(
+        "--no-mmap", action="store_true",
+        help="read weights into memory instead of mapping their files: loads slower, runs up to a tenth faster (mmap)",
+    )  # fmt: skip
     group.add_argument("--max-length", type=int, metavar="N", help="context in tokens (max_seq_len)")
     group.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
@@ -88,11 +100,22 @@ def prepare(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     overrides = key_values("--set", args.overrides)
     if args.max_length is not None:
         overrides["max_seq_len"] = args.max_length
+    if args.memory_budget is not None:
+        overrides["memory_budget"] = _budget(args.memory_budget)
+    if args.no_mmap:
+        overrides["mmap"] = False
     if args.cache_dtype is not None:
         overrides["kv_cache_dtype"] = args.cache_dtype
     if getattr(args, "chunk", None) is not None:
         overrides["init_seq_len"] = args.chunk
     return resolve_model(args.model, args.revision), overrides
+
+
+def _budget(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise ValueError(f"--memory-budget: {error}") from None
 
 
 def _key_value(option: str, text: str) -> tuple[str, Any]:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from causallm.causal_lm import CausalLM
 from causallm.commands.model_arguments import add_plugin_argument, load_plugins
 from causallm.hub import resolve_model
 from causallm.loading import load_model
 from causallm.perplexity import perplexity
-from causallm.weights.convert import Written
+from causallm.weights.convert import Written, find_weights
 from causallm.weights.fidelity import divergence, tensor_errors
 from causallm.weights.quantize import FILES, TYPES, quantize
 
@@ -20,7 +21,7 @@ VERIFY_WINDOW = 512
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `quantize`."""
-    parser.add_argument("model", metavar="MODEL", help="a model folder with float weights, or a hub id")
+    parser.add_argument("model", metavar="MODEL", help="a model folder or .gguf file with float weights, or a hub id")
     parser.add_argument("-o", "--output", metavar="OUT", required=True, help="a new model folder")
     parser.add_argument(
         "--fc_dtype", default="Q4_0", metavar="TYPE",
@@ -81,7 +82,8 @@ def _verify(source: Path, output: Path, text: str | None) -> None:
         print(f"  {error.relative:.2e} {error.kind} {error.name}")
     if text is None:
         return
-    before, after = load_model(source, dtype="float32"), load_model(output)
+    found, named = find_weights(source)
+    before, after = load_model(found.path, dtype="float32", **named), load_model(output)
     ids = before.tokenizer.encode_prompt(text)
     window = min(VERIFY_WINDOW, before.max_length)
     with tqdm(desc="comparing", total=2 + 1, disable=None, leave=False) as bar:
@@ -91,5 +93,13 @@ def _verify(source: Path, output: Path, text: str | None) -> None:
         bar.update()
         kl = divergence(before, after, ids, window)
         bar.update()
-    print(f"perplexity: {first.value:.4f} before, {second.value:.4f} packed ({second.value / first.value - 1:+.2%})")
+    print(
+        f"perplexity: {first.value:.4f} before (in {_name(before)}), {second.value:.4f} packed (activations in "
+        f"{_name(after)}), {second.value / first.value - 1:+.2%}"
+    )
     print(f"KL divergence: {kl.mean:.6f} nats a token, at most {kl.largest:.4f}; same first choice: {kl.agreement:.2%}")
+
+
+def _name(model: CausalLM) -> str:
+    """What the model computes in."""
+    return str(model.dtype).removeprefix("torch.")

@@ -20,7 +20,11 @@ from causallm.commands.model_arguments import add_device_arguments, add_model_ar
 from causallm.commands.prompt_cache_arguments import add_prompt_cache_argument, open_prompt_cache
 from causallm.embedding_model import EmbeddingModel
 from causallm.generation import Event
-from causallm.report import Report
+from causallm.report import Report, peak_memory
+
+EMBEDDING_KEYS = ("prompt_tokens", "load_ms", "prefill_ms", "prefill_tps", "peak_memory_bytes")
+HEADER_WIDTH = 72
+"""Characters of a prompt in the line above its answer."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,19 +56,23 @@ def execute(args: argparse.Namespace) -> int:
 
 
 def _embed(model: EmbeddingModel, prompts: list[str], report: Report, as_json: bool) -> int:
+    """One vector a line; of the report, what an embedding has."""
     with report.timed("prefill"):
-        vectors = model.encode(prompts).float().tolist()
+        vectors = model.encode(prompts, report).float().tolist()
     if as_json:
-        print(json.dumps({"vectors": vectors, **report.as_json()}))
+        content = report.as_json()
+        print(json.dumps({"vectors": vectors, **{key: content[key] for key in EMBEDDING_KEYS}}))
         return 0
     for vector in vectors:
         print(" ".join(f"{value:.6g}" for value in vector))
-    print(*report.lines(), sep="\n", file=sys.stderr)
+    prefill, *_ = report.lines()
+    rest = f"load: {report.load_seconds * 1e3:.0f} ms, peak memory: {peak_memory() / 1e6:.0f} MB"
+    print(prefill, rest, sep="\n", file=sys.stderr)
     return 0
 
 
 def _answer(model: CausalLM, prompts: Sequence[Any], options: dict[str, Any], report: Report, as_json: bool) -> int:
-    answers, code = _Answers(len(prompts)), 0
+    answers, code = _Answers(_headers(model, prompts)), 0
     with tqdm(desc="prompt", unit=" tokens", disable=None, leave=False, delay=1) as bar:
         try:
             for event in model.stream(prompts, report=report, on_prefill=moving(bar), **options):
@@ -83,10 +91,22 @@ def _answer(model: CausalLM, prompts: Sequence[Any], options: dict[str, Any], re
     return code
 
 
+def _headers(model: CausalLM, prompts: Sequence[Any]) -> list[str]:
+    """What stands above each answer: of several its prompt, in one line, as head and tail do."""
+    if len(prompts) == 1:
+        return [""]
+    assert model.tokenizer is not None
+    texts = [prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt) for prompt in prompts]
+    lines = [" ".join(text.split()) for text in texts]
+    cut = [line if len(line) <= HEADER_WIDTH else line[: HEADER_WIDTH - 3] + "..." for line in lines]
+    return [("\n" if number else "") + f"==> {line} <==\n" for number, line in enumerate(cut)]
+
+
 class _Answers:
     """The answers as they grow, shown on stdout one after the other, the one whose turn it is as it comes."""
 
-    def __init__(self, count: int):
+    def __init__(self, headers: Sequence[str]):
+        count, self._headers = len(headers), headers
         self._texts = [""] * count
         self._tokens: list[list[int]] = [[] for _ in range(count)]
         self._finish: list[str | None] = [None] * count
@@ -105,7 +125,7 @@ class _Answers:
     def show(self) -> None:
         """Write what has not been written of the answers whose turn has come."""
         while self._turn < len(self._texts):
-            text, finished = self._texts[self._turn], self._finish[self._turn]
+            text, finished = self._headers[self._turn] + self._texts[self._turn], self._finish[self._turn]
             sys.stdout.write(text[self._shown :] + ("\n" if finished else ""))
             sys.stdout.flush()
             self._shown = len(text)

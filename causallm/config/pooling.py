@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from causallm.config.fields import Fields
 from causallm.config.json_file import read_json, read_json_list
@@ -12,6 +13,8 @@ POOLINGS = {
     "pooling_mode_max_tokens": "max",
     "pooling_mode_lasttoken": "last",
 }
+
+POOLING_FOLDER = "1_Pooling"
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,18 @@ def read_pooling(folder: Path) -> PoolingConfig | None:
                 f"{path}: unknown module '{entry['type']}', expected Transformer, Pooling, Dense, Normalize"
             )
     return PoolingConfig(pooling, normalize, tuple(dense))
+
+
+def pooling_files(pooling: PoolingConfig) -> dict[str, Any]:
+    """The JSON files, by their names in a model's folder, from which `read_pooling` reads a pooling without dense
+    layers again."""
+    parts = [("", "Transformer"), (POOLING_FOLDER, "Pooling"), *([("2_Normalize", "Normalize")] * pooling.normalize)]
+    modules = [
+        {"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for number, (path, kind) in enumerate(parts)
+    ]
+    flags = {key: mode == pooling.pooling for key, mode in POOLINGS.items()}
+    return {"modules.json": modules, f"{POOLING_FOLDER}/config.json": flags}
 
 
 def _pooling_mode(path: Path) -> str:

@@ -1,12 +1,12 @@
 """nntr_config.json: how a model is run."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from causallm.byte_size import parse_bytes
 from causallm.config.fields import DTYPES, Fields
 
 MODEL_TYPES = ("CausalLM", "embedding")
@@ -18,7 +18,7 @@ HEAD_CACHE_KEYS = ("pre_computed_cache_path", "sys_prompt_token_size")
 KEYS = frozenset(
     "model_type model_tensor_type model_file_name embedding_dtype lmhead_dtype fc_layer_dtype lora_rank lora_alpha "
     "lora_target bad_word_ids fsu fsu_lookahead num_to_generate init_seq_len max_seq_len batch_size tokenizer_file "
-    "sample_input is_causal system_prompt hf_repo kv_cache_dtype".split()
+    "sample_input is_causal system_prompt hf_repo kv_cache_dtype memory_budget mmap".split()
 )
 
 
@@ -29,7 +29,9 @@ class RuntimeConfig:
     init_seq_len is the number of prompt tokens taken in one step, max_seq_len the context in tokens, batch_size how
     many prompts run together. dtype is that of activations and, but for kv_cache_dtype, of the cache, the other dtypes
     those of weights; weights to be packed have a format, one of `QUANTIZED`, instead. head_cache_path names the file
-    that keeps head_prompt's keys and values, head_cache_size how many tokens of it at most.
+    that keeps head_prompt's keys and values, head_cache_size how many tokens of it at most. memory_budget is the bytes
+    that the whole process may take; with it, or with fsu, weights are read from the disk when they are needed,
+    fsu_lookahead blocks ahead. mmap: weights are mapped from their files, else read into memory.
     """
 
     model_type: str = "CausalLM"
@@ -54,6 +56,10 @@ class RuntimeConfig:
     head_cache_path: str | None = None
     head_cache_size: int | None = None
     kv_cache_dtype: torch.dtype | None = None
+    memory_budget: int | None = None
+    fsu: bool = False
+    fsu_lookahead: int | None = None
+    mmap: bool = True
     hf_repo: str | None = None
 
     @classmethod
@@ -95,6 +101,10 @@ class RuntimeConfig:
             head_cache_path=head_cache.text("pre_computed_cache_path") or None,
             head_cache_size=head_cache.optional_integer("sys_prompt_token_size", minimum=1),
             kv_cache_dtype=_cache_dtype(fields),
+            memory_budget=_budget(fields),
+            fsu=fields.boolean("fsu", False),
+            mmap=fields.boolean("mmap", True),
+            fsu_lookahead=fields.optional_integer("fsu_lookahead", minimum=1),
             hf_repo=fields.text("hf_repo") or None,
         )
 
@@ -121,12 +131,18 @@ def _refuse_later_work(fields: Fields) -> None:
     """Keys that are understood but not served yet: refused where the answer would differ, else warned about."""
     if fields.integer("lora_rank", 0):
         raise ValueError(f"{fields.source}: lora_rank is not 0, but adapters are not supported yet")
-    if fields.boolean("fsu", False):
-        warnings.warn(
-            f"{fields.source}: fsu is not acted on: streaming weights from storage is not supported yet, "
-            "the whole model is loaded",
-            stacklevel=4,
-        )
+
+
+def _budget(fields: Fields) -> int | None:
+    value = fields.raw("memory_budget")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise fields.wrong("memory_budget", "a number of bytes such as 2GB, 1.5GB or 700MiB")
+    try:
+        return parse_bytes(value)
+    except ValueError as error:
+        raise ValueError(f"{fields.source}: memory_budget: {error}") from None
 
 
 def _cache_dtype(fields: Fields) -> torch.dtype | None:

@@ -6,14 +6,16 @@ import torch
 from torch import Tensor
 
 from causallm.causal_lm import CausalLM
+from causallm.gguf.changes import Change
 from causallm.gguf.families import Family
 from causallm.gguf.format import GgufFile, TensorInfo
 from causallm.gguf.mxfp4 import mxfp4_as_q8_0
 from causallm.gguf.names import ROPE_FACTORS, Place, place
 from causallm.gguf.tensor_types import FLOATS, MXFP4, PACKED, row_bytes
 from causallm.transformer import Transformer
+from causallm.weights.expected import expected_parameters
 from causallm.weights.mapped_file import MappedFile
-from causallm.weights.reader import WeightReader
+from causallm.weights.reader import FileRange, WeightReader
 
 
 class GgufReader(WeightReader):
@@ -25,7 +27,7 @@ class GgufReader(WeightReader):
 
     def __init__(self, file: GgufFile, family: Family, model: Transformer):
         self.file, self._mapped = file, MappedFile(file.path)
-        places = {name: place(name, family, model.config) for name, _ in model.named_parameters()}
+        places = {name: place(name, family, model.config) for name in expected_parameters(model)}
         wanted = [part for where in places.values() for part in where.names]
         # An embedding model's file may carry the head, which it has no use for.
         known = {*wanted, ROPE_FACTORS, *(() if isinstance(model, CausalLM) else ("output.weight",))}
@@ -83,6 +85,13 @@ class GgufReader(WeightReader):
             shape = (*shape[:-1], row_bytes(info.kind, shape[-1]))
         stored = self._mapped.tensor(_bytes_of(info, expert)[0], shape if expert is None else shape[1:], dtype)
         return mxfp4_as_q8_0(stored) if info.kind == MXFP4 else stored
+
+    def place(self, name: str) -> FileRange | None:
+        where = self._places[name]
+        info = self.file.tensors[where.names[0]]
+        if type(where.change) is not Change or info.kind == MXFP4:
+            return None
+        return FileRange(self.file.path, *_bytes_of(info, where.expert))
 
     def release(self, name: str) -> None:
         where = self._places[name]

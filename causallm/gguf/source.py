@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from causallm.config.fields import DTYPES
-from causallm.config.pooling import PoolingConfig
+from causallm.config.pooling import PoolingConfig, pooling_files
 from causallm.gguf.families import Family
 from causallm.gguf.format import MAGIC, GgufFile, read_gguf
 from causallm.gguf.read_config import config_json, float_dtype, generation_json, pooling, read_family, runtime_json
@@ -82,11 +82,14 @@ class GgufSource(ModelSource):
         return GgufReader(self.file, self.family, model)
 
     def write_companions(self, target: Path) -> None:
-        contents = {"generation_config.json": self.generation_json()}
+        contents: dict[str, Any] = {"generation_config.json": self.generation_json()}
         if has_tokenizer(self.file):
             contents["tokenizer.json"] = backend_json(self.file)
             contents["tokenizer_config.json"] = tokenizer_config(self.file)
+        if own := self.pooling():
+            contents |= {"nntr_config.json": {"model_type": "embedding"}, **pooling_files(own)}
         for name, content in contents.items():
+            (target / name).parent.mkdir(exist_ok=True)
             (target / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         if (template := chat_template(self.file)) is not None:
             (target / "chat_template.jinja").write_text(template.source, encoding="utf-8")

@@ -19,6 +19,7 @@ from causallm.gguf.write_tokenizer import tokenizer_keys
 from causallm.tokenizer import Tokenizer
 from causallm.transformer import Transformer
 from causallm.weights.atomic_file import atomic_file
+from causallm.weights.expected import expected_parameters
 from causallm.weights.reader import WeightReader
 from causallm.weights.tensor_bytes import Advance, write_tensor
 from layers.kernels.block_formats import BLOCK_FORMATS
@@ -53,7 +54,7 @@ def plan(model: Transformer, family: Family, reader: WeightReader, dtype: torch.
     """The tensors of the file in the model's order. Packed rows stay as they are; of floats matrices get `dtype` (None:
     keep their own), the rest float32, as llama.cpp wants it. ValueError where experts of a layer differ in type."""
     formats, planned = reader.formats(), dict[str, Planned]()
-    for name, _ in model.named_parameters():
+    for name in expected_parameters(model):
         where, meta = place(name, family, model.config), reader.meta(name)
         for number, (theirs, part) in enumerate(zip(where.names, where.change.write(meta), strict=True)):
             shape = tuple(part.shape)

@@ -7,6 +7,7 @@ from causallm.blocks import Attention
 from causallm.causal_lm import CausalLM
 from causallm.factory import Factory
 from causallm.transformer import Transformer
+from layers.expert_store import FetchedExperts
 from layers.gpt_oss_moe import GptOssExperts, GptOssMoe
 
 
@@ -41,14 +42,16 @@ class GptOssTransformer(Transformer):
 
     def createMlp(self, layer_id: int) -> nn.Module:
         cfg = self.config
-        experts = GptOssExperts(
-            cfg.num_experts,
+        experts: GptOssExperts | FetchedExperts = GptOssExperts(
+            1 if self.fetches_experts else cfg.num_experts,
             cfg.hidden_size,
             cfg.intermediate_size,
             cfg.swiglu_alpha,
             cfg.swiglu_limit,
             self.runtime_config.fc_layer_dtype or self.dtype,
         )
+        if self.fetches_experts:
+            experts = FetchedExperts(experts, cfg.num_experts)
         router = self.make_linear(cfg.hidden_size, cfg.num_experts, bias=True)
         return self.createLayer("gpt_oss_moe", router=router, experts=experts, num_chosen=cfg.num_experts_per_tok)
 

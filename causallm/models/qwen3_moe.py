@@ -5,7 +5,6 @@ from torch import nn
 from causallm.causal_lm import CausalLM
 from causallm.factory import Factory
 from causallm.models.qwen3 import Qwen3Transformer
-from layers.expert_store import ResidentExperts
 from layers.qwen_moe import QwenMoe
 
 
@@ -31,7 +30,7 @@ class Qwen3MoeTransformer(Qwen3Transformer):
         return self.createLayer(
             "qwen_moe",
             gate=self.make_linear(cfg.hidden_size, cfg.num_experts),
-            experts=ResidentExperts(self.make_mlp(cfg.moe_intermediate_size) for _ in range(cfg.num_experts)),
+            experts=self.make_experts(cfg.num_experts, lambda: self.make_mlp(cfg.moe_intermediate_size)),
             num_chosen=cfg.num_experts_per_tok,
             norm_topk_prob=cfg.norm_topk_prob,
         )
@@ -41,6 +40,6 @@ class Qwen3MoeCausalLM(CausalLM, Qwen3MoeTransformer):
     """Qwen3-MoE with a language-model head."""
 
 
-# NNTrainer's names for the same model with its experts streamed or cached; here that is the store's choice.
+# NNTrainer's names for the same model with its experts streamed or cached, which `make_experts` looks at.
 for architecture in ("Qwen3MoeForCausalLM", "Qwen3SlimMoeForCausalLM", "Qwen3CachedSlimMoeForCausalLM"):
     Factory.registerModel(architecture, Qwen3MoeCausalLM)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from causallm.packing import packed_tensors
 from causallm.transformer import Transformer
+from causallm.weights.expected import expected_parameters
 
 BLOCK = 1024
 """Bytes of one sample of a weight."""
@@ -34,8 +35,8 @@ def fingerprint(model: Transformer) -> dict[str, str]:
     cfg, tokenizer = model.config, model.tokenizer
     template = None if tokenizer is None else tokenizer.chat_template
     layers = range(cfg.num_hidden_layers)
-    parameters = dict(model.named_parameters())
-    adapters = {name: parameter for name, parameter in parameters.items() if ADAPTER in name}
+    adapters = {name: parameter for name, parameter in model.named_parameters() if ADAPTER in name}
+    weights = ((name, weight) for name, weight in model.storage.weights(model) if name not in adapters)
     return {
         "architecture": cfg.architecture,
         "layers": str(cfg.num_hidden_layers),
@@ -47,21 +48,23 @@ def fingerprint(model: Transformer) -> dict[str, str]:
         "cache_dtype": _name(model.cache_dtype),
         "tokenizer": "none" if tokenizer is None else tokenizer.fingerprint(),
         "chat_template": "none" if template is None else _digest([template.source, template.tool_use]),
-        "adapter": hash_weights(adapters) if adapters else "none",
+        "adapter": hash_weights(sorted(adapters.items()), len(adapters)) if adapters else "none",
         "config": json.dumps({name: getattr(cfg, name) for name in sorted(NUMBERS)}),
-        "weights": hash_weights({name: p for name, p in parameters.items() if name not in adapters}),
+        "weights": hash_weights(weights, len(expected_parameters(model)) - len(adapters)),
     }
 
 
-def hash_weights(parameters: Mapping[str, Tensor]) -> str:
+def hash_weights(weights: Iterable[tuple[str, Tensor]], number: int) -> str:
     """sha256 over name, shape, dtype and samples of the bytes of every weight; all bytes of small ones.
+
+    `weights` are so many, in the order of their names.
 
     A mapped file is read only where samples are, so 4 billion weights cost no more than 40 million. Training, merging
     and converting change nearly every number and so what is sampled; a single number changed by hand may go unseen.
     """
-    count = min(max(SAMPLES // max(len(parameters), 1), FEWEST), MOST)
+    count = min(max(SAMPLES // max(number, 1), FEWEST), MOST)
     digest = hashlib.sha256()
-    for name, parameter in sorted(parameters.items()):
+    for name, parameter in weights:
         digest.update(json.dumps([name, list(parameter.shape), _name(parameter.dtype)]).encode())
         for block in _samples(_bytes_in_memory(parameter.detach()), count):
             digest.update(block.cpu().numpy().data)
@@ -86,8 +89,9 @@ def _bytes_in_memory(tensor: Tensor) -> Tensor:
 
 
 def _weight_dtypes(model: Transformer) -> str:
-    packed = {id(packed.parameter): packed.kind for packed in packed_tensors(model).values()}
-    return ", ".join(sorted({packed.get(id(p)) or _name(p.dtype) for p in model.parameters()}))
+    packed = packed_tensors(model)
+    dtypes = {packed[name].kind if name in packed else _name(p.dtype) for name, p in expected_parameters(model).items()}
+    return ", ".join(sorted(dtypes))
 
 
 def _digest(value: Any) -> str:

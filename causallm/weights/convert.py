@@ -1,10 +1,10 @@
 """From any weights that can be read to any that can be written, one tensor in memory at a time."""
 
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,8 +16,10 @@ from causallm.model_source import ModelSource
 from causallm.packing import pack_layers
 from causallm.tokenizer import Tokenizer
 from causallm.transformer import Transformer
+from causallm.weights.atomic_file import temporary_beside
 from causallm.weights.converted import converted_metadata
 from causallm.weights.expanded import ExpandedReader
+from causallm.weights.expected import expected_parameters
 from causallm.weights.huggingface import write_config, write_weights
 from causallm.weights.loader import check_weights
 from causallm.weights.nntr_bin import write_nntr
@@ -63,9 +65,7 @@ def convert(
     target = target or SUFFIXES.get(output.suffix, "huggingface")
     if target not in TARGETS:
         raise ValueError(f"unknown target '{target}', expected one of {', '.join(TARGETS)}")
-    one_file = source.is_file() and not is_gguf(source)
-    place, named = (source.parent, {"model_file_name": source.name}) if one_file else (source, {})
-    found = find_source(place)
+    found, named = find_weights(source)
     model = build_model(found, None, **named)
     reader = found.weights(model)
     if target == "gguf":
@@ -81,6 +81,13 @@ def convert(
         _to_converted(model, reader, found, output, dtype or found.written_dtype(), progress)
     else:
         _to_huggingface(model, reader, found, output, dtype or found.written_dtype(), max_shard_bytes, progress)
+
+
+def find_weights(source: Path) -> tuple[ModelSource, dict[str, Any]]:
+    """The model that `source` stands for, and the key of nntr_config.json that names it where it is one weight file."""
+    if source.is_file() and not is_gguf(source):
+        return find_source(source.parent), {"model_file_name": source.name}
+    return find_source(source), {}
 
 
 def _to_gguf(
@@ -141,7 +148,7 @@ def _to_huggingface(
         raise FileExistsError(f"{output} exists and is not an empty folder: name a new one")
     tensors = _metas(model, reader, dtype)
     advance = _advance(progress, sum(tensor.nbytes for tensor in tensors.values()))
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(output)
     try:
         temporary.mkdir()
         write_weights(temporary, model.config, tensors, reader.tensor, max_shard_bytes, advance)
@@ -156,7 +163,7 @@ def _to_huggingface(
 
 def _metas(model: Transformer, reader: WeightReader, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
     """Names, shapes and dtypes to write, in the model's order."""
-    return {name: reader.meta(name).to(dtype or reader.meta(name).dtype) for name, _ in model.named_parameters()}
+    return {name: reader.meta(name).to(dtype or reader.meta(name).dtype) for name in expected_parameters(model)}
 
 
 def _advance(progress: Callable[[Written], None] | None, total: int) -> Advance | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from causallm.causal_lm import CausalLM
 from causallm.loading import build_model
-from causallm.weights.open import open_weights
+from causallm.weights.convert import find_weights
 from causallm.weights.reader import WeightReader
 from layers.kernels.packed_product import expanded
 
@@ -35,7 +35,7 @@ class Divergence:
 
 def tensor_errors(source: Path, packed: Path) -> list[TensorError]:
     """The change of every packed weight, one matrix in memory at a time."""
-    before, after = (open_weights(folder, build_model(folder)) for folder in (source, packed))
+    before, after = (_reader(path) for path in (source, packed))
     errors = []
     for name, kind in after.formats().items():
         squares = [
@@ -47,6 +47,11 @@ def tensor_errors(source: Path, packed: Path) -> list[TensorError]:
         before.release(name)
         after.release(name)
     return errors
+
+
+def _reader(path: Path) -> WeightReader:
+    source, named = find_weights(path)
+    return source.weights(build_model(source, None, **named))
 
 
 def _matrices(before: WeightReader, after: WeightReader, name: str) -> Iterator[tuple[Tensor, Tensor]]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from causallm.causal_lm import CausalLM
 from causallm.packing import pack_weight, packed_tensors
 from causallm.transformer import Transformer
+from causallm.weights.expected import expected_parameters
 from causallm.weights.names import module_name
 from causallm.weights.reader import WeightReader
 
@@ -46,7 +47,7 @@ def check_weights(model: Transformer, reader: WeightReader) -> None:
 
 def _matched(model: Transformer, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """Yield our name and tensor of all that `model` takes; at the end complain of those that did not come."""
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    shapes = {name: parameter.shape for name, parameter in expected_parameters(model).items()}
     packed = packed_tensors(model)
     seen: set[str] = set()
     for full_name, tensor in tensors:

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from causallm.weights.reader import Index, WeightReader
+from causallm.weights.reader import FileRange, Index, WeightReader
 
 BLOCKS, SCALES = "_blocks", "_scales"
 BLOCK = 32
@@ -63,6 +63,9 @@ class Mxfp4Reader(WeightReader):
             values[expert] = self._expert(name, expert)
         self.release(name)
         return values
+
+    def place(self, name: str) -> FileRange | None:
+        return None if name in self._packed else self.inner.place(name)
 
     def release(self, name: str) -> None:
         for held in (name + BLOCKS, name + SCALES) if name in self._packed else (name,):

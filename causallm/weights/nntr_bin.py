@@ -11,6 +11,7 @@ from causallm.causal_lm import CausalLM
 from causallm.packing import packed_shape
 from causallm.transformer import Transformer
 from causallm.weights.atomic_file import atomic_file
+from causallm.weights.expected import expected_parameters
 from causallm.weights.mapped_file import MappedFile
 from causallm.weights.nntr_layout import (
     STORAGES,
@@ -26,7 +27,7 @@ from causallm.weights.nntr_layout import (
 )
 from causallm.weights.nntr_quantized import INTERLEAVED, is_packed, packing_problem
 from causallm.weights.q4_0x8 import deinterleave, interleave
-from causallm.weights.reader import Index, WeightReader
+from causallm.weights.reader import FileRange, Index, WeightReader
 from causallm.weights.tensor_bytes import Advance, write_tensor
 from layers.kernels.block_formats import BLOCK_FORMATS
 
@@ -44,7 +45,7 @@ class NntrReader(WeightReader):
 
     def __init__(self, path: Path, model: Transformer):
         self._file = MappedFile(path)
-        self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self._shapes = {name: parameter.shape for name, parameter in expected_parameters(model).items()}
         entries, self._dtypes = _identify(path, self._file.size, model)
         self._places: dict[str, list[tuple[Entry, int]]] = {name: [] for name in self._shapes}
         position = 0
@@ -94,6 +95,14 @@ class NntrReader(WeightReader):
 
     def _index(self, entry: Entry) -> Index:
         return entry.rows if isinstance(self._dtypes[entry.kind], str) else entry.index
+
+    def place(self, name: str) -> FileRange | None:
+        entry, position = self._places[name][0]
+        stored = self._dtypes[entry.kind]
+        if len(self._places[name]) > 1 or entry.offset or (isinstance(stored, str) and entry.kind in INTERLEAVED):
+            return None
+        transposed = entry.transposed and not isinstance(stored, str)
+        return FileRange(self._file.path, position, entry.nbytes(stored), transposed)
 
     def release(self, name: str) -> None:
         for entry, position in self._places[name]:

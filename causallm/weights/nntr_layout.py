@@ -22,6 +22,7 @@ from causallm.causal_lm import CausalLM
 from causallm.config import RuntimeConfig
 from causallm.embedding_model import EmbeddingModel
 from causallm.transformer import Transformer
+from causallm.weights.expected import expected_parameters
 from causallm.weights.names import weight_kind
 from causallm.weights.reader import Index
 from layers.kernels.block_formats import BLOCK_FORMATS
@@ -125,7 +126,7 @@ def layout(model: Transformer, spare_head: bool) -> tuple[Entry, ...]:
 
     `model` may be on the meta device. ValueError where it has a weight for which the format has no place.
     """
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in expected_parameters(model).items()}
     offsets = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, OffsetRMSNorm)}
     order = SANDWICH_BLOCK if is_sandwich(model) else BLOCK
     stems = ["embed_tokens"]

@@ -1,7 +1,9 @@
-"""From a float model folder to a packed one, one tensor in memory at a time; a killed run is continued."""
+"""From float weights to a packed model folder, one tensor in memory at a time; a killed run is continued."""
 
 import json
 import shutil
+import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -10,22 +12,19 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from causallm.config import read_json
 from causallm.config.fields import DTYPES
 from causallm.config.runtime import QUANTIZED
-from causallm.gguf.source import is_gguf
 from causallm.loading import build_model
+from causallm.model_source import ModelSource
 from causallm.packing import choose_formats, packed_shape
-from causallm.tokenizer import Tokenizer
 from causallm.transformer import Transformer
-from causallm.weights.convert import Written
+from causallm.weights.convert import Written, find_weights
 from causallm.weights.converted import converted_metadata
-from causallm.weights.huggingface import copy_companions
+from causallm.weights.expected import expected_parameters
 from causallm.weights.loader import check_weights
 from causallm.weights.nntr_bin import write_entry
 from causallm.weights.nntr_layout import FLOATS, Entry, Stored, layout, storage
 from causallm.weights.nntr_quantized import packing_problem
-from causallm.weights.open import open_weights
 from causallm.weights.reader import WeightReader
 from causallm.weights.resumable import JOURNAL, Piece, ResumableFile, other_writer
 from causallm.weights.safetensors_reader import FORMATS_KEY
@@ -64,13 +63,15 @@ def quantize(
 ) -> dict[str, str]:
     """Write `source` packed to the new model folder `output`; returns the format of each packed weight.
 
+    source: a model folder, one weight file in it, or a GGUF file, with float weights.
     fc: the format of linear layers and experts, embedding of the table, head of the head (None: the embedding's); a
     float type leaves them as they are. A tied table is one tensor in the embedding's format. output_format: one of
     `FILES`; "bin" is NNTrainer's file for x86, see `causallm.weights.nntr_quantized` for what it can hold.
 
     `output` appears when it is whole. Until then its beginning is a hidden folder beside it, and the same call (same
     source, same types) goes on after what is there; `notice` is told so, in a line. ValueError, FileNotFoundError and
-    OSError say what is wrong; weights that are packed already are refused.
+    OSError say what is wrong; weights that are packed already are refused. A `head` of its own format is warned about
+    where the head is the embedding.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} exists and is not an empty folder: name a new one")
@@ -80,31 +81,34 @@ def quantize(
     for key, name in types.items():
         if name not in TYPES:
             raise ValueError(f"{key}: unknown format '{name}', expected one of {', '.join(TYPES)}")
-    if is_gguf(source):
+    found, named = find_weights(source)
+    floats = build_model(found, None, **named)
+    reader = found.weights(floats)
+    if kinds := Counter(reader.formats().values()):
+        what = ", ".join(f"{count} tensors in {kind}" for kind, count in kinds.items())
         raise ValueError(
-            f"{source} is a GGUF file: make a folder of it first, python main.py convert {source} -o FOLDER"
+            f"{source} is packed already ({what}); packing again would lose more: quantize the float weights that it "
+            f"was made from, or the folder that python main.py convert {source} -o FOLDER makes of it"
         )
-    folder, named = (source.parent, {"model_file_name": source.name}) if source.is_file() else (source, {})
-    floats = build_model(folder, None, **named)
-    reader = open_weights(folder, floats)
-    if reader.formats():
-        raise ValueError(f"{source} is packed already; quantize the float weights that it was made from")
     check_weights(floats, reader)
-    model = build_model(folder, None, **named, **types)
+    if floats.config.tie_word_embeddings:
+        _warn_of_tied_head(head, types["embedding_dtype"])
+        types["lmhead_dtype"] = types["embedding_dtype"]
+    model = build_model(found, None, **named, **types)
     make = _as_bin if output_format == "bin" else _as_safetensors
-    formats, head_bytes, pieces = make(model, reader, folder, types)
+    formats, head_bytes, pieces = make(model, reader, found, types)
 
     work = output.with_name(f".{output.name}.partial")
     if pid := other_writer(work):
         raise ValueError(f"process {pid} is writing {output} right now: wait for it, or name another folder")
-    file = ResumableFile(work, FILES[output_format], source_state(folder), head_bytes, pieces)
+    file = ResumableFile(work, FILES[output_format], source_state(found.path), head_bytes, pieces)
     try:
         _begin(work, file, output, len(pieces), notice)
         total = sum(piece.nbytes for piece in pieces)
         file.write(lambda piece: progress(Written(piece.name, piece.nbytes, total)) if progress else None)
-        copy_companions(folder, work)
-        content = json.dumps(_nntr_config(folder, model, types, output_format), indent=2, ensure_ascii=False)
-        (work / "nntr_config.json").write_text(content + "\n", "utf-8")
+        found.write_companions(work)
+        _write_json(work / "config.json", found.config_json())
+        _write_json(work / "nntr_config.json", _nntr_config(found, model, types, output_format))
         (work / JOURNAL).unlink()
         work.replace(output)
     except BaseException as error:
@@ -132,22 +136,33 @@ def _begin(work: Path, file: ResumableFile, output: Path, pieces: int, notice: C
         notice(note)
 
 
-def _nntr_config(folder: Path, model: Transformer, types: Mapping[str, str], output_format: str) -> dict[str, Any]:
+def _warn_of_tied_head(head: str | None, embedding: str) -> None:
+    if head not in (None, embedding):
+        warnings.warn(
+            f"lmhead_dtype {head} is not acted on: the head is the embedding's tensor, which gets {embedding}",
+            stacklevel=3,
+        )
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _nntr_config(
+    source: ModelSource, model: Transformer, types: Mapping[str, str], output_format: str
+) -> dict[str, Any]:
     """The source's nntr_config.json changed to what a packed model is, whose activations are fp32."""
-    path = folder / "nntr_config.json"
-    content = read_json(path) if path.is_file() else {}
+    content = source.runtime_json()
     if output_format == "bin":
         longest = content.get("max_seq_len") or min(LONGEST, model.config.max_position_embeddings)
         lengths = {"max_seq_len": longest, "init_seq_len": longest // 2, "num_to_generate": longest // 4}
         content = {**NNTRAINER_NEEDS, **lengths, **content}
-        if model.config.tie_word_embeddings:
-            types = {**types, "lmhead_dtype": types["embedding_dtype"]}
     kind = f"{types['fc_layer_dtype']}-FP32"
     return {**content, "model_file_name": FILES[output_format], "model_tensor_type": kind, **types}
 
 
 def _as_bin(
-    model: Transformer, reader: WeightReader, folder: Path, types: Mapping[str, str]
+    model: Transformer, reader: WeightReader, source: ModelSource, types: Mapping[str, str]
 ) -> tuple[dict[str, str], bytes, list[Piece]]:
     """Formats, head (none) and entries of NNTrainer's `.bin`."""
     stored = storage(
@@ -182,16 +197,16 @@ def _stored(key: str, name: str) -> Stored:
 
 
 def _as_safetensors(
-    model: Transformer, reader: WeightReader, folder: Path, types: Mapping[str, str]
+    model: Transformer, reader: WeightReader, source: ModelSource, types: Mapping[str, str]
 ) -> tuple[dict[str, str], bytes, list[Piece]]:
     """Formats, header and tensors of the project's own file."""
     formats = choose_formats(model, {})
-    metas = {name: _meta(reader.meta(name), formats.get(name)) for name, _ in model.named_parameters()}
+    metas = {name: _meta(reader.meta(name), formats.get(name)) for name in expected_parameters(model)}
     try:
-        tokenizer = Tokenizer.from_folder(folder, model.runtime_config.tokenizer_file)
+        tokenizer = source.tokenizer(model.runtime_config.tokenizer_file)
     except FileNotFoundError:
         tokenizer = None
-    metadata = converted_metadata(model.config.architecture, folder.resolve().name, metas, tokenizer)
+    metadata = converted_metadata(model.config.architecture, source.path.resolve().name, metas, tokenizer)
     metadata[FORMATS_KEY] = json.dumps(formats, separators=(",", ":"))
     metas = in_file_order(metas)
     pieces = [

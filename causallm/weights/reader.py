@@ -2,11 +2,28 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
 Index = tuple[int | slice, ...]
 """A part of a tensor, as in `tensor[index]`."""
+
+
+@dataclass(frozen=True)
+class FileRange:
+    """Some bytes of a file, a tensor's values in order, or in that of the transposed tensor."""
+
+    path: Path
+    offset: int
+    nbytes: int
+    transposed: bool = False
+
+    def slice_of(self, number: int, count: int) -> "FileRange":
+        """One of `count` parts of equal size."""
+        nbytes = self.nbytes // count
+        return FileRange(self.path, self.offset + number * nbytes, nbytes, self.transposed)
 
 
 class WeightReader(ABC):
@@ -30,6 +47,10 @@ class WeightReader(ABC):
 
     def release(self, name: str) -> None:  # noqa: B027  most readers have nothing to give back
         """Give back what memory reading a tensor took; the tensor must not be used after. Readers that map do so."""
+
+    def place(self, name: str) -> FileRange | None:
+        """Where a file holds the tensor's values as they are; None where they must be computed."""
+        return None
 
     def part(self, name: str, index: Index) -> Tensor:
         """`tensor(name)[index]`; a reader that must compute a tensor computes no more than the part."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from causallm.config import read_json
 from causallm.weights.mapped_file import MappedFile
 from causallm.weights.names import is_computed, module_name
-from causallm.weights.reader import WeightReader
+from causallm.weights.reader import FileRange, WeightReader
 from layers.kernels.block_formats import BLOCK_FORMATS
 
 SINGLE = "model.safetensors"
@@ -113,10 +113,15 @@ class SafetensorsReader(WeightReader):
         start = self._headers[path].start + entry["data_offsets"][0]
         return self._mapped[path].tensor(start, entry["shape"], DTYPES[entry["dtype"]])
 
-    def release(self, name: str) -> None:
+    def place(self, name: str) -> FileRange:
         path, entry = self._places[name]
         begin, end = entry["data_offsets"]
-        self._mapped[path].release(self._headers[path].start + begin, end - begin)
+        return FileRange(path, self._headers[path].start + begin, end - begin)
+
+    def release(self, name: str) -> None:
+        where = self.place(name)
+        if where.path in self._mapped:
+            self._mapped[where.path].release(where.offset, where.nbytes)
 
 
 def _indexed(index: Path, extra: Mapping[Path, str]) -> SafetensorsReader:

@@ -75,18 +75,19 @@ static void NAME(normalise)(const float *x, const float *weight, long count, flo
     for (; i < count; i++) to[i] = x[i] * factor * weight[i];
 }
 
+/* The smaller of v and limit; what is not a number stays. */
+static inline V16 NAME(at_most)(V16 v, float limit) {
+    const U32 over = (U32)(v > limit);
+    return (V16)(((U32)v & ~over) | ((U32)NAME(splat)(limit) & over));
+}
+
+/* v / (1 + e^u). */
+static inline V16 NAME(damped)(V16 v, V16 u) { return v / (1.0f + NAME(exp16)(NAME(at_most)(u, 88.0f))); }
+
 static inline V16 NAME(activated)(int activation, V16 gate) {
     /* gelu(x) = x (1 + tanh(u)) / 2 = x / (1 + e^-2u): arXiv 1606.08415 with the usual cubic u. */
-    if (activation == GELU_TANH) {
-        V16 u = -1.5957691216f * (gate + 0.044715f * gate * gate * gate);
-        const U32 low = (U32)(u < 88.0f);
-        u = (V16)(((U32)u & low) | ((U32)NAME(splat)(88.0f) & ~low));
-        return gate / (1.0f + NAME(exp16)(u));
-    }
-    V16 u = -gate;
-    const U32 low = (U32)(u < 88.0f);
-    u = (V16)(((U32)u & low) | ((U32)NAME(splat)(88.0f) & ~low));
-    return gate / (1.0f + NAME(exp16)(u));
+    if (activation == GELU_TANH) return NAME(damped)(gate, -1.5957691216f * (gate + 0.044715f * gate * gate * gate));
+    return NAME(damped)(gate, -gate);
 }
 
 /* to = activation(gate) * up. */
@@ -99,5 +100,18 @@ static void NAME(gated)(int activation, const float *gate, const float *up, long
         memcpy(&u, up + i, sizeof(float) * (count - i));
         const V16 result = NAME(activated)(activation, g) * u;
         memcpy(to + i, &result, sizeof(float) * (count - i));
+    }
+}
+
+/* gpt-oss: gate <= limit, |up| <= limit, to = gate * sigmoid(alpha * gate) * (up + 1); gates and ups alternate. */
+static void NAME(clamped)(float alpha, float limit, const float *gate_up, long count, float *to) {
+    for (long i = 0; i < count; i += 16) {
+        const int here = count - i < 16 ? (int)(count - i) : 16;
+        V16 gate = {0}, up = {0};
+        for (int k = 0; k < here; k++) gate[k] = gate_up[2 * (i + k)], up[k] = gate_up[2 * (i + k) + 1];
+        gate = NAME(at_most)(gate, limit);
+        up = -NAME(at_most)(-NAME(at_most)(up, limit), limit);
+        const V16 result = NAME(damped)(gate, -alpha * gate) * (up + 1.0f);
+        memcpy(to + i, &result, sizeof(float) * here);
     }
 }

@@ -1,4 +1,5 @@
-/* What the caller says of the halves of decoder blocks; half_arguments.py has the same structs. */
+/* What the caller says of the halves of decoder blocks; half_arguments.py, mixture_arguments.py and part_arguments.py have
+   the same structs. */
 
 /* A vector of weights stored as `kind`, or none. */
 struct stored {
@@ -44,12 +45,22 @@ struct mlp_half {
     int activation;
 };
 
+/* Gate and up, or both in alternating rows of the first alone; down. */
+struct expert {
+    struct layer first[2], last;
+};
+
 struct moe_half {
     struct norm norm, post_norm;
     struct layer router;
-    const struct layer *experts; /* gate, up, down of each */
-    int *used; /* which experts were chosen, (tokens, chosen), for the caller */
+    const struct expert *const *experts; /* by number, null where one is not in memory */
+    int *used;      /* which experts were chosen, (tokens, chosen); null where the caller does not ask */
+    float *weights; /* theirs, and */
+    float *outputs; /* what they gave, (tokens, chosen, dim): kept between the steps of causallm_mixture, else null */
+    long hidden;
     int count, chosen, normalised, activation;
+    int packed; /* whether any weight of the router or the experts is */
+    float alpha, limit; /* of CLAMPED */
 };
 
 enum half_kind { ATTENTION, MLP, MOE };

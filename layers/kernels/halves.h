@@ -5,7 +5,8 @@
 #include "half_arguments.h"
 
 enum product_of_half { FIRST, LAST, PRODUCTS };
-enum shared_work { HEADS, UNITS, RESULT, WORKS };
+enum shared_work { HEADS, UNITS, UPS, DOWNS, RESULT, WORKS };
+enum step { WHOLE, ROUTE, USE, SUM };
 
 /* What the threads of one half share. */
 struct shared {
@@ -14,13 +15,14 @@ struct shared {
     struct matrix first[3], last[1];
     struct product products[PRODUCTS];
     float *projected, *mixed, *sum;
-    atomic_long next[WORKS], expert_next[2 * 8];
+    atomic_long next[WORKS];
 };
 
 /* Halves one after the other, and the memory for any of them. */
 struct course {
     struct shared *halves;
     int count;
+    enum step step;
     struct team team;
     long scratch_bytes, widest;
     char *scratch;
@@ -39,11 +41,11 @@ static long larger(long a, long b) { return a > b ? a : b; }
 /* Value `index` of an array of floats of some kind. */
 static void *item(void *array, int kind, long index) { return (char *)array + index * (kind == F32 ? 4 : 2); }
 
-#define MORE_VECTORS 64 /* of the experts of one token, each rounded up by itself */
+#define MORE_VECTORS 64 /* for each token: those of its experts, each rounded up by itself */
 
 static long scratch_bytes(long tokens, long widest, long scores) {
-    return tokens * (vector_bytes(widest) + 2 * sizeof(float) * widest) + sizeof(float) * (widest + scores)
-           + MORE_VECTORS * vector_bytes(1) + 512;
+    return tokens * (vector_bytes(widest) + MORE_VECTORS * vector_bytes(1) + 2 * sizeof(float) * widest)
+           + sizeof(float) * (widest + scores) + 512;
 }
 
 static void *aligned(char **at, long bytes) {
@@ -54,11 +56,11 @@ static void *aligned(char **at, long bytes) {
 
 static struct own own_memory(char *at, long tokens, long widest) {
     struct own own;
-    own.vectors = aligned(&at, sizeof(struct vector) * (tokens + MORE_VECTORS));
+    own.vectors = aligned(&at, sizeof(struct vector) * tokens * (1 + MORE_VECTORS));
     own.x = aligned(&at, sizeof(float) * tokens * widest);
     own.rows = aligned(&at, sizeof(float) * tokens * widest);
     own.weights = aligned(&at, sizeof(float) * widest);
-    own.prepared = aligned(&at, tokens * (vector_bytes(widest) - sizeof(struct vector)) + MORE_VECTORS * (vector_bytes(1) - sizeof(struct vector)));
+    own.prepared = aligned(&at, tokens * (vector_bytes(widest) + MORE_VECTORS * vector_bytes(1) - (1 + MORE_VECTORS) * sizeof(struct vector)));
     own.scores = aligned(&at, 0);
     return own;
 }
@@ -195,7 +197,8 @@ static void take_course(void *argument) {
         if (i) wait_for_all(team);
         if (shared->half->kind == ATTENTION) attend_block(shared, team, &own);
         else if (shared->half->kind == MLP) feed_forward(shared, team, &own);
-        else mix_experts(shared, team, &own, me);
+        else if (course->step == WHOLE) mix_experts(shared, team, &own, me);
+        else take_step(course->step, shared, team, &own, me);
     }
 }
 
@@ -204,12 +207,12 @@ static long first_width(const struct half *half) {
     const struct attention_half *a = &half->attention;
     if (half->kind == ATTENTION) return (long)(a->heads + 2 * a->kv_heads) * a->head_dim;
     if (half->kind == MLP) return 2 * half->mlp.first[0].rows;
-    return half->moe.count + 2 * half->moe.chosen * half->moe.experts[0].rows;
+    return half->moe.count + 2 * half->moe.chosen * half->moe.hidden;
 }
 
 static long middle_width(const struct half *half) {
     if (half->kind == ATTENTION) return (long)half->attention.heads * half->attention.head_dim;
-    return half->kind == MLP ? half->mlp.first[0].rows : half->moe.chosen * half->moe.experts[0].rows;
+    return half->kind == MLP ? half->mlp.first[0].rows : half->moe.chosen * half->moe.hidden;
 }
 
 static long score_count(const struct half *half) {
@@ -220,7 +223,7 @@ static long score_count(const struct half *half) {
 static void lay_out(struct shared *shared, int threads) {
     const struct half *half = shared->half;
     const struct tokens *tokens = &shared->tokens;
-    const long width = first_width(half), count = tokens->batch * tokens->time;
+    const long width = half->kind == MOE ? half->moe.count : first_width(half), count = tokens->batch * tokens->time;
     const struct layer *layers = half->kind == ATTENTION ? half->attention.first : half->kind == MLP ? half->mlp.first : &half->moe.router;
     const int matrices = half->kind == ATTENTION ? 3 : half->kind == MLP ? 2 : 1;
     long at = 0;
@@ -234,9 +237,7 @@ static void lay_out(struct shared *shared, int threads) {
     shared->products[LAST] = product_of(shared->last, 1, last->columns, count, threads);
 }
 
-/* The halves of decoder blocks, each x + [norm](f(norm(x))) of what the one before left; keys and values are appended to
-   the caches. Returns 0, or -1 where memory is short. */
-EXPORT int causallm_halves(const struct half *halves, int count, const struct tokens *tokens, int threads) {
+static int take(const struct half *halves, int count, enum step step, const struct tokens *tokens, int threads) {
     const long rows = tokens->batch * tokens->time;
     long first = 0, middle = 0, scores = 0;
     for (int i = 0; i < count; i++) {
@@ -244,7 +245,7 @@ EXPORT int causallm_halves(const struct half *halves, int count, const struct to
         middle = larger(middle, middle_width(halves + i));
         scores = larger(scores, score_count(halves + i));
     }
-    struct course course = {.count = count, .widest = larger(tokens->dim, middle)};
+    struct course course = {.count = count, .step = step, .widest = larger(tokens->dim, middle)};
     course.scratch_bytes = scratch_bytes(rows, course.widest, scores);
     const long floats = rows * (first + middle + tokens->dim);
     char *memory = malloc(count * sizeof(struct shared) + floats * sizeof(float) + threads * course.scratch_bytes);
@@ -262,4 +263,16 @@ EXPORT int causallm_halves(const struct half *halves, int count, const struct to
     run(take_course, &course, threads);
     free(memory);
     return 0;
+}
+
+/* The halves of decoder blocks, each x + [norm](f(norm(x))) of what the one before left; keys and values are appended to
+   the caches. Returns 0, or -1 where memory is short. */
+EXPORT int causallm_halves(const struct half *halves, int count, const struct tokens *tokens, int threads) {
+    return take(halves, count, WHOLE, tokens, threads);
+}
+
+/* A mixture of experts in steps: ROUTE once, USE for each part of the experts as they lie in memory, SUM once. Nobody
+   works between them, while experts are read. Returns 0, or -1 where memory is short. */
+EXPORT int causallm_mixture(int step, const struct half *half, const struct tokens *tokens, int threads) {
+    return take(half, 1, (enum step)step, tokens, step == SUM ? 1 : threads);
 }

@@ -19,19 +19,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from layers.expert_store import FetchedExperts
 from layers.kernels import native
-from layers.kernels.half_arguments import (
-    ATTENTION,
-    CODES,
-    MLP,
-    MOE,
-    NUMBERS,
-    Half,
-    HalfArguments,
-    Tokens,
-    UnknownPartError,
-    half_arguments,
-)
+from layers.kernels.fetched_halves import mix_fetched
+from layers.kernels.half_arguments import ATTENTION, MLP, NUMBERS, Half, HalfArguments, Tokens, half_arguments
+from layers.kernels.part_arguments import CODES, UnknownPartError
 from layers.kernels.prompt_halves import complete, prompt_through_halves
 from layers.kv_cache import KVCache
 from layers.linear import FullyConnected
@@ -66,8 +58,12 @@ class _Course:
         self._numbered = [(NUMBERS[type(module)], module) for module in modules if type(module) in NUMBERS]
         self._numbers = [numbers(module) for numbers, module in self._numbered]
         self.attentions: list[Any] = [half.body._modules["core"] for half in halves if half.kind == ATTENTION]
-        self._experts = [_Experts(half.experts()) for half in halves if half.kind == MOE]
-        floats = {*self._dtypes, *(dtype for experts in self._experts for dtype in experts.dtypes)} - {torch.uint8}
+        self._experts = {number: _Experts(experts) for number, half in enumerate(halves) if (experts := half.experts())}
+        stores = [(half.body._modules, half.store()) for half in halves]
+        self._fetched = [(held, store) for held, store in stores if isinstance(store, FetchedExperts)]
+        floats = {*self._dtypes, *(dtype for experts in self._experts.values() for dtype in experts.dtypes)}
+        floats |= {tensor.dtype for _, store in self._fetched for tensor in store.template.parameters()}
+        floats -= {torch.uint8}
         self._dtype = floats.pop() if len(floats) == 1 else None
         # For many tokens the products are torch's, in bf16: right where the weights are, or are rounded more than that.
         layers = [layer for half in halves for layer in half.modules() if half.kind in (ATTENTION, MLP)]
@@ -118,26 +114,34 @@ class _Course:
             return None
         if self._wary:
             # Something was changed in an expert: what a hook there sees must not come from a call that is undone.
-            if not all(experts.stand(range(len(experts))) for experts in self._experts):
+            if not all(experts.stand(range(len(experts))) for experts in self._experts.values()):
                 return None
             self._wary = False
         if torch.is_grad_enabled() and (
-            any(tensor.requires_grad for tensor in self._held) or any(experts.learn() for experts in self._experts)
+            any(tensor.requires_grad for tensor in self._held)
+            or any(experts.learn() for experts in self._experts.values())
         ):
             return None
         return type(self._arguments).from_buffer_copy(self._arguments)
 
-    def place_for_choices(self, arguments: Any, tokens: int) -> list[Any]:
-        """Give each mixture of experts an array for the experts it chooses; returns the arrays."""
-        mixtures = [argument.moe for argument in arguments if argument.kind == MOE]
-        arrays = [(ctypes.c_int * (tokens * mixture.chosen))() for mixture in mixtures]
-        for mixture, array in zip(mixtures, arrays, strict=True):
-            mixture.used = ctypes.addressof(array)
+    def waits(self) -> bool:
+        """Whether the halves cannot be one call since experts of some must be fetched in between; cheaply told."""
+        return len(self.halves) > 1 and any(held.get("experts") is store for held, store in self._fetched)
+
+    def fetched(self) -> FetchedExperts | None:
+        """The store of the only half where its experts are fetched."""
+        return self._fetched[0][1] if self._fetched else None
+
+    def place_for_choices(self, arguments: Any, tokens: int) -> dict[int, Any]:
+        """Give each mixture of experts whose choice is asked for an array for it; returns the arrays."""
+        arrays = {number: (ctypes.c_int * (tokens * arguments[number].moe.chosen))() for number in self._experts}
+        for number, array in arrays.items():
+            arguments[number].moe.used = ctypes.addressof(array)
         return arrays
 
-    def chosen_stand(self, choices: list[Any]) -> bool:
+    def chosen_stand(self, choices: dict[int, Any]) -> bool:
         """Whether all experts that a call chose are still those that the arguments were made from."""
-        return all(experts.stand(set(chosen)) for experts, chosen in zip(self._experts, choices, strict=True))
+        return all(experts.stand(set(choices[number])) for number, experts in self._experts.items())
 
 
 class _Experts:
@@ -211,12 +215,16 @@ def run_halves(
     if caches is None or not _serves(x):
         return None
     course = owner.__dict__.get(COURSE)
+    if course is not None and course.waits():
+        return None
     if course is None or not course.stands():
         course = owner.__dict__[COURSE] = _Course(owner, halves())
-    if not course.serves(x, step, caches) or (arguments := course.arguments(x.dtype)) is None:
+    if course.waits() or not course.serves(x, step, caches) or (arguments := course.arguments(x.dtype)) is None:
         return None
     if x.shape[0] * x.shape[1] > FEW_TOKENS:
         return prompt_through_halves(course.halves, arguments, x, step, caches) if course.suits_prompts else None
+    if (store := course.fetched()) is not None:
+        return mix_fetched(store, arguments[0], x)
     alive, waiting = [x], iter(caches)
     for half, argument in zip(course.halves, arguments, strict=True):
         if half.kind == ATTENTION:

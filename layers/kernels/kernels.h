@@ -146,6 +146,7 @@ static const struct processor NAME(processor) = {
     NAME(narrow),
     NAME(normalise),
     NAME(gated),
+    NAME(clamped),
     NAME(expand),
     {NAME(rows_f32), NAME(rows_bf16), NAME(rows_f16), NAME(rows_q8_0), NAME(rows_q4_0), NAME(rows_q4_k), NAME(rows_q6_k)},
 #if VNNI512

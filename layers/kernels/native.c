@@ -88,9 +88,9 @@ static void multiply_rows(const struct product *job, const struct matrix *m, con
 }
 
 /* A thread's share of out[token][row] = sum over columns of weight[row] * x[token], of several matrices. */
-static void multiply_shared(const struct product *job, const struct vector *vectors, atomic_long *next) {
+static void multiply(struct product *job, const struct vector *vectors) {
     for (;;) {
-        long at = atomic_fetch_add(next, job->grain);
+        long at = atomic_fetch_add(&job->next, job->grain);
         int which = 0;
         while (which < job->count && at >= (job->matrices[which].rows + job->grain - 1) / job->grain * job->grain)
             at -= (job->matrices[which].rows + job->grain - 1) / job->grain * job->grain, which++;
@@ -100,14 +100,16 @@ static void multiply_shared(const struct product *job, const struct vector *vect
     }
 }
 
-static void multiply(struct product *job, const struct vector *vectors) { multiply_shared(job, vectors, &job->next); }
+/* Rows that a thread takes at once: enough pieces that a slow thread leaves little behind, each a multiple of four rows. */
+static long grain_of(long rows, int threads) {
+    const long grain = rows / (8 * threads) / 4 * 4;
+    return grain < 8 ? 8 : grain > 256 ? 256 : grain;
+}
 
 static struct product product_of(const struct matrix *matrices, int count, long columns, long tokens, int threads) {
     long rows = 0;
     for (int i = 0; i < count; i++) rows += matrices[i].rows;
-    /* Enough pieces that a slow thread leaves little behind, each a multiple of four rows. */
-    const long grain = rows / (8 * threads) / 4 * 4;
-    return (struct product){matrices, count, columns, tokens, 0, grain < 8 ? 8 : grain > 256 ? 256 : grain};
+    return (struct product){matrices, count, columns, tokens, 0, grain_of(rows, threads)};
 }
 
 /* Memory that a row takes: its description, int8 values, scales and sums. */

@@ -14,6 +14,7 @@ from torch import Tensor
 KINDS = {"F32": 0, "BF16": 1, "F16": 2, "Q8_0": 3, "Q4_0": 4, "Q4_K": 5, "Q6_K": 6}
 FLOATS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 PLAIN, AVX2, AVX512 = 0, 1, 2
+ROUTE, USE, SUM = 1, 2, 3
 TEAM = ("GOMP_parallel", "omp_get_num_threads")
 
 Address, Size = ctypes.c_void_p, ctypes.c_long
@@ -24,6 +25,7 @@ SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "causallm_expand": (None, [ctypes.c_int, Address, Size, Size, Address, Address, ctypes.c_int]),
     "causallm_attend": (ctypes.c_int, [Address, ctypes.c_int, ctypes.c_int]),
     "causallm_halves": (ctypes.c_int, [Address, ctypes.c_int, Address, ctypes.c_int]),
+    "causallm_mixture": (ctypes.c_int, [ctypes.c_int, Address, Address, ctypes.c_int]),
     "causallm_normalise": (
         ctypes.c_int,
         [Address, Address, ctypes.c_int, Size, Size, Address, ctypes.c_int, ctypes.c_int],
@@ -68,6 +70,12 @@ def run_halves(halves: ctypes.Array, tokens: ctypes.Structure) -> None:
     """Let the tokens pass through halves of decoder blocks (`layers.kernels.half_arguments`)."""
     if _loaded().causallm_halves(halves, len(halves), ctypes.byref(tokens), torch.get_num_threads()):
         raise MemoryError(f"no memory for the working space of {len(halves)} halves of blocks")
+
+
+def mixture_step(step: int, half: ctypes.Structure, tokens: ctypes.Structure) -> None:
+    """ROUTE, USE or SUM of a mixture whose experts are fetched (`layers.kernels.half_arguments`)."""
+    if _loaded().causallm_mixture(step, ctypes.byref(half), ctypes.byref(tokens), torch.get_num_threads()):
+        raise MemoryError("no memory for the working space of a mixture of experts")
 
 
 def normalise(norm: ctypes.Structure, x: Tensor, out: Tensor) -> None:

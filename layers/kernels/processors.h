@@ -28,7 +28,7 @@ struct attention {
 
 static inline long padded(long count) { return (count + 15) / 16 * 16; }
 
-enum activation { SILU, GELU_TANH };
+enum activation { SILU, GELU_TANH, CLAMPED };
 
 struct processor {
     const char *label;
@@ -37,6 +37,7 @@ struct processor {
     void (*narrow)(int kind, const float *from, long count, void *to);
     void (*normalise)(const float *x, const float *weight, long count, float epsilon, float *to);
     void (*gated)(int activation, const float *gate, const float *up, long count, float *to);
+    void (*clamped)(float alpha, float limit, const float *gate_up, long count, float *to);
     void (*expand)(int kind, const uint8_t *row, long columns, float *wide, uint16_t *narrow);
     void (*rows[KINDS])(const uint8_t *const row[4], long columns, const struct vector *x, float *out);
     /* The same for four vectors, out[vector][row]; null where it would be no faster. */

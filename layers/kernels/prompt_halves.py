@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from layers.kernels import native
-from layers.kernels.half_arguments import ATTENTION, CODES, MLP, Half
+from layers.kernels.half_arguments import ATTENTION, MLP, Half
+from layers.kernels.part_arguments import CODES
 from layers.kv_cache import KVCache
 from layers.mha_core import attend
 from layers.step import Mask, Step

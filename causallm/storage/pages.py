@@ -1,0 +1,53 @@
+"""Memory that weights are read into: taken from the system once, in whole pages, and used again and again."""
+
+import mmap
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PAGE = 4096
+"""What a direct read's place in the file, its place in memory and its size are multiples of."""
+HUGE_PAGE = 2**21
+# What mmap shares by default, for processes that fork, does not come in huge pages.
+PRIVATE: dict[str, Any] = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
+
+
+def whole_pages(nbytes: int) -> int:
+    """The bytes of as many pages as hold so many."""
+    return -(-nbytes // PAGE) * PAGE
+
+
+class Pages:
+    """`nbytes` bytes that start on a page; they take memory when they are first written to.
+
+    Where the system has huge pages they are asked for: with them the processor translates fewer addresses, and a sum
+    over weights runs a tenth faster. MemoryError where there is no such memory.
+    """
+
+    def __init__(self, nbytes: int):
+        self.nbytes = nbytes
+        huge = nbytes >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE")
+        try:
+            self._bytes = mmap.mmap(-1, max(nbytes, 1) + (HUGE_PAGE if huge else 0), **PRIVATE)
+        except OSError:
+            raise MemoryError(f"no memory for {nbytes} bytes of weights") from None
+        address = torch.frombuffer(self._bytes, dtype=torch.uint8).data_ptr()
+        self._start = -address % HUGE_PAGE if huge else 0
+        if huge:
+            self._bytes.madvise(mmap.MADV_HUGEPAGE)
+
+    def view(self, offset: int, nbytes: int) -> memoryview:
+        """Bytes to be written to."""
+        begin = self._start + offset
+        return memoryview(self._bytes)[begin : begin + nbytes]
+
+    def tensor(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """The contiguous tensor at byte `offset`, a multiple of the dtype's size; it keeps the memory alive."""
+        count = torch.Size(shape).numel()
+        if not count:
+            return torch.empty(tuple(shape), dtype=dtype)
+        flat = torch.frombuffer(self._bytes, dtype=dtype, count=count, offset=self._start + offset)
+        return flat.view(tuple(shape))
