@@ -26,12 +26,12 @@ WARM_STEPS = 2
 class Session:
     """A model and a context of `length` tokens."""
 
-    def __init__(self, path: str, length: int, threads: int, flash_attention: str):
+    def __init__(self, path: str, length: int, threads: int, flash_attention: str, repack: bool = True):
         self._log = llama_cpp.llama_log_callback(lambda *_: None)
         llama_cpp.llama_log_set(self._log, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
         settings = llama_cpp.llama_model_default_params()
-        settings.n_gpu_layers = 0
+        settings.n_gpu_layers, settings.use_extra_bufts = 0, repack
         self.model = llama_cpp.llama_model_load_from_file(path.encode(), settings)
         if not self.model:
             raise ValueError(f"llama.cpp cannot load {path}")
@@ -86,6 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("path")
     parser.add_argument("--flash-attention", choices=FLASH_ATTENTION, default="off")
+    parser.add_argument("--no-repack", action="store_true", help="run from the mapped file, which it else copies")
     parser.add_argument("--prompt", type=int, required=True)
     parser.add_argument("--generate", type=int, required=True)
     parser.add_argument("--depths", type=int, nargs="+", required=True)
@@ -97,7 +98,7 @@ def main() -> None:
     numbers = random.Random(0)
     ids = [numbers.randrange(args.vocab) for _ in range(length)]
     begin = time.perf_counter()
-    session = Session(args.path, length, args.threads, args.flash_attention)
+    session = Session(args.path, length, args.threads, args.flash_attention, not args.no_repack)
     result: dict[str, Any] = {"load_seconds": time.perf_counter() - begin, "prefill_tps": [], "decode_tps": []}
     session.advance(ids[: args.prompt])
     result["logits"] = session.logits()
