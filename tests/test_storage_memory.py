@@ -65,4 +65,4 @@ def test_the_peak_is_within_the_plan(share: float, dtype: str, folder: Path) -> 
     assert found["peak"] <= found["planned"]
     weights = 152_000_000 if dtype == "float32" else 76_000_000
     assert found["everything"] - found["smallest"] > 0.6 * weights
-    assert found["peak"] < found["before"] + 0.7 * weights + 40_000_000 * (share == 0)
+    assert found["peak"] < found["before"] + 0.75 * weights + 40_000_000 * (share == 0)
