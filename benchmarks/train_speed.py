@@ -54,7 +54,8 @@ def measure(system: str, precision: str, steps: int) -> float:
     """Median tokens a second over `steps` steps after two that warm up."""
     settings = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
     batch, length = settings["train"]["batch_size"], settings["data"]["context_length"]
-    config = {**settings["model"], "vocab_size": settings["tokenizer"]["vocab_size"]}
+    shipped = json.loads((CONFIG.parents[1] / "res" / CONFIG.stem / "config.json").read_text(encoding="utf-8"))
+    config = {**settings["model"], "vocab_size": shipped["vocab_size"]}
     config["architectures"] = [config.pop("architecture")]
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config["vocab_size"], (batch, length + 1), generator=generator)
