@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from layers.kernels import native
+from layers.kernels.many_rows import in_eights
 
 FEW_ROWS = 8
 """Up to so many fp32 rows a product on the CPU is split by hand; measured on two cores, 3072 x 1024."""
@@ -35,14 +36,21 @@ def project(
         result = (exact if bias is None else exact + bias).to(x.dtype)
         return result.view(*x.shape[:-1], weight.shape[0])
     rows = x.to(weight.dtype)
-    if rows.device.type == "cpu" and rows.dtype in SPLIT_DTYPES and not torch.compiler.is_compiling():
-        few = rows.numel() <= FEW_ROWS * rows.shape[-1]
-        if few and weight.is_contiguous():
-            return _split(rows, weight, bias).to(x.dtype)
-        if not few and ONEDNN and rows.dtype == torch.float32:
-            product = _OneDnn.apply if torch.is_grad_enabled() else _onednn
-            return product(rows, weight, bias).to(x.dtype)
+    if rows.device.type != "cpu" or torch.compiler.is_compiling():
+        return functional.linear(rows, weight, bias).to(x.dtype)
+    if rows.numel() > FEW_ROWS * rows.shape[-1]:
+        return in_eights(lambda many: _many(many, weight, bias), rows).to(x.dtype)
+    if rows.dtype in SPLIT_DTYPES and weight.is_contiguous():
+        return _split(rows, weight, bias).to(x.dtype)
     return functional.linear(rows, weight, bias).to(x.dtype)
+
+
+def _many(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """On a CPU."""
+    if not ONEDNN or rows.dtype != torch.float32:
+        return functional.linear(rows, weight, bias)
+    product = _OneDnn.apply if torch.is_grad_enabled() else _onednn
+    return product(rows, weight, bias)
 
 
 def _multiplies_natively(x: Tensor, weight: Tensor) -> bool:

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from layers.kernels import native
 from layers.kernels.block_formats import BLOCK_FORMATS
+from layers.kernels.many_rows import in_eights
 from layers.precision import multiplies_bf16_fast
 
 FEW_ROWS = {"Q8_0": 48, "Q4_0": 48, "Q4_K": 20, "Q6_K": 20}
@@ -55,7 +56,8 @@ def _product(x: Tensor, weight: Tensor, kind: str) -> Tensor:
 def _product_on_cpu(rows: Tensor, weight: Tensor, kind: str) -> Tensor:
     if len(rows) > FEW_ROWS[kind]:
         wide = torch.bfloat16 if multiplies_bf16_fast() else rows.dtype
-        return functional.linear(rows.to(wide), expanded(weight, kind, wide)).to(rows.dtype)
+        floats = expanded(weight, kind, wide)
+        return in_eights(lambda many: functional.linear(many, floats), rows.to(wide)).to(rows.dtype)
     if native.library() is None:
         return packed_product_twin(rows, weight, kind).to(rows.dtype)
     return native.linear(rows.float(), weight, kind).to(rows.dtype)
