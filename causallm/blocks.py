@@ -118,6 +118,7 @@ def run_blocks(
         storage.check_gradient(x)
         with storage.resident(layer_id):
             x = block(x, step, cache[layer_id] if cache else None)
+    storage.check_gradient(x)
     return x
 
 

@@ -56,6 +56,7 @@ class CausalLM(Transformer):
             hidden = hidden[:, max(ids.shape[1] - last, 0) :].clone(memory_format=torch.contiguous_format)
         if last == 0:
             return hidden.new_empty(hidden.shape[0], 0, self.config.vocab_size)
+        self.storage.check_gradient(hidden)
         with self.storage.resident(HEAD):
             project = self.embed_tokens.project if self.config.tie_word_embeddings else self.lm_head
             logits = project(hidden)

@@ -49,9 +49,12 @@ def test_a_missing_weight_is_named_as_ever(shapes: Shapes, tmp_path: Path) -> No
         load_model(tmp_path, mmap=False)
 
 
-def test_no_gradient_flows_through_weights_that_are_gone(shapes: Shapes) -> None:  # noqa: F811
+@pytest.mark.parametrize(
+    "place", ["embed_tokens", "layers.0.input_layernorm", "layers.2.post_attention_layernorm", "norm"]
+)
+def test_no_gradient_flows_through_weights_that_are_gone(place: str, shapes: Shapes) -> None:  # noqa: F811
     model = streamed(shapes("llama"), memory_budget=smallest(shapes("llama")))
-    model.embed_tokens.register_forward_hook(lambda _, ids, vectors: vectors.requires_grad_())
+    model.get_submodule(place).register_forward_hook(lambda _, inputs, vectors: vectors.requires_grad_())
     with pytest.raises(RuntimeError, match="load the model without memory_budget and fsu to train it"):
         model(torch.tensor([[1, 2, 3]]))
     with torch.no_grad():
