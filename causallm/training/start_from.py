@@ -8,7 +8,7 @@ from causallm.transformer import Transformer
 
 def start_from(model: Transformer, folder: Path) -> None:
     """Copy the weights of the model in `folder`; ValueError where the run's model has others, or of other shapes."""
-    known = load_model(folder, dtype="float32").state_dict()
+    known = load_model(folder, dtype="float32", memory_budget=None, fsu=False).state_dict()
     wanted = model.state_dict()
     for name in sorted(known.keys() | wanted.keys()):
         has, needs = (tuple(state[name].shape) if name in state else "none" for state in (known, wanted))
