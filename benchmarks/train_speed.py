@@ -20,7 +20,8 @@ import torch
 import yaml
 from tqdm import tqdm
 
-CONFIG = Path(__file__).parents[1] / "configs" / "tiny-stories.yaml"
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "configs" / "tiny-stories-base.yaml"
 SYSTEMS = ("causallm", "transformers")
 
 
@@ -47,14 +48,14 @@ def main() -> None:
     print(f"| {args.precision} training, tokens/s | causallm | transformers | ratio |")
     print("| --- | --- | --- | --- |")
     ours, theirs = (best[system] for system in SYSTEMS)
-    print(f"| {CONFIG.stem}, {args.threads} threads | {ours:.0f} | {theirs:.0f} | {ours / theirs:.2f} |")
+    print(f"| tiny-stories, {args.threads} threads | {ours:.0f} | {theirs:.0f} | {ours / theirs:.2f} |")
 
 
 def measure(system: str, precision: str, steps: int) -> float:
     """Median tokens a second over `steps` steps after two that warm up."""
     settings = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
     batch, length = settings["train"]["batch_size"], settings["data"]["context_length"]
-    shipped = json.loads((CONFIG.parents[1] / "res" / CONFIG.stem / "config.json").read_text(encoding="utf-8"))
+    shipped = json.loads((ROOT / "res" / "tiny-stories" / "config.json").read_text(encoding="utf-8"))
     config = {**settings["model"], "vocab_size": shipped["vocab_size"]}
     config["architectures"] = [config.pop("architecture")]
     generator = torch.Generator().manual_seed(0)
