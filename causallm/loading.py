@@ -12,6 +12,7 @@ from causallm.config import GenerationConfig, ModelConfig, RuntimeConfig
 from causallm.config.fields import DTYPES
 from causallm.factory import Factory
 from causallm.folder_source import FolderSource
+from causallm.garbage import uncollected
 from causallm.generation import Progress
 from causallm.gguf.source import GgufSource, is_gguf
 from causallm.model_source import ModelSource
@@ -24,6 +25,7 @@ from causallm.weights.loader import load_weights
 from causallm.weights.reader import WeightReader
 
 
+@uncollected()
 def load_model(
     folder: str | Path,
     device: str | torch.device = "cpu",
