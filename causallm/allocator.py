@@ -1,7 +1,6 @@
 """Keeping freed memory, so that a step writes where the last one wrote."""
 
 import ctypes
-import os
 import platform
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -16,12 +15,8 @@ def keep_freed_memory() -> bool:
     each of its 4 kB. Measured on the tiny-stories model, two cores: 5,490 tokens/s of training in fp32 instead of
     4,970, and 680 instead of 520 of a 512-token prompt in bf16 at Qwen3-0.6B's size. The process keeps its peak, which
     a training step or a prompt reaches again each time anyhow; a program with other plans for its memory should not.
-
-    Called before torch makes its first tensor, it also has torch ask for huge pages. Their alignment matters as much as
-    their number: glibc before 2.38 finds no freed block of the same size again when it has to be aligned.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     libc = ctypes.CDLL(None)
     return bool(libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, NEVER))

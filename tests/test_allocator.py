@@ -12,12 +12,13 @@ from causallm.allocator import keep_freed_memory
 assert keep_freed_memory()
 import torch
 kept, faults = [], []
-for number in range(40):
+for number in range(120):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(2**25)
     kept.append(bytearray(300 + number))
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-assert sum(faults[20:]) < 20 * 2**27 // resource.getpagesize() // 10, faults
+# At first glibc finds few freed blocks again that were aligned.
+assert sum(faults[60:]) < 60 * 2**27 // resource.getpagesize() // 5, faults
 """
 
 
