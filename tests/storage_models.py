@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import save_random_model
 from families import SLIDING
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from causallm import load_model
@@ -85,6 +86,25 @@ def save_shape(folder: Path, name: str, **settings: Any) -> Path:
     class_name, own = SHAPES[name]
     sizes = {"vocab_size": VOCABULARY, "intermediate_size": 64, "num_hidden_layers": 3, **own, **settings}
     save_random_model(folder, 5, class_name, **sizes)
+    return folder
+
+
+def save_mxfp4(folder: Path, **changes: Any) -> Path:
+    """gpt-oss as it is published, in two files: one has nothing but the experts' matrices, in MXFP4."""
+    save_shape(folder, "gpt-oss", **changes)
+    state, packed = load_file(folder / "model.safetensors"), dict[str, Tensor]()
+    for stem in [name for name in state if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, columns, rows = state.pop(stem).shape
+        packed[f"{stem}_blocks"] = torch.randint(0, 256, (experts, rows, columns // 32, 16)).to(torch.uint8)
+        packed[f"{stem}_scales"] = torch.randint(122, 126, (experts, rows, columns // 32)).to(torch.uint8)
+    (folder / "model.safetensors").unlink()
+    shards = {"model-1.safetensors": state, "model-2.safetensors": packed}
+    for name, tensors in shards.items():
+        save_file(tensors, folder / name)
+    index = {tensor: name for name, tensors in shards.items() for tensor in tensors}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "mxfp4"}}))
     return folder
 
 

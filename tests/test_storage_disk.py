@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from causallm.storage import open_file
-from causallm.storage.disk import AHEAD, PIECE_BYTES, URGENT, Disk
+from causallm.storage.background import AHEAD, URGENT
+from causallm.storage.disk import PIECE_BYTES, Disk
 from causallm.storage.layout import Span
 from causallm.storage.open_file import OpenFile
 from causallm.storage.pages import PAGE, Pages, whole_pages

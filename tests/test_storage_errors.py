@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from storage_models import save_shape, shapes, smallest, streamed, tight  # noqa: F401  fixtures among them
+from storage_models import save_mxfp4, save_shape, shapes, smallest, streamed, tight  # noqa: F401  fixtures among them
 
 from causallm import load_model
 from causallm.storage import open_file
@@ -45,6 +45,9 @@ def _append(file: Path) -> None:
 def model_of(kind: str, folder: Path) -> tuple[Any, Path]:
     """A model of that family and file format that keeps nothing in memory, and its file."""
     name, _, form = kind.partition(" ")
+    if form == "mxfp4":
+        save_mxfp4(folder / "m")
+        return streamed(folder / "m", memory_budget=smallest(folder / "m")), folder / "m/model-2.safetensors"
     save_shape(folder / "m", name)
     path = file = folder / "m"
     if form == "gguf":
@@ -61,7 +64,9 @@ def model_of(kind: str, folder: Path) -> tuple[Any, Path]:
 
 @pytest.mark.filterwarnings("ignore:llama.cpp")
 @pytest.mark.parametrize("change", [_truncate, _rewrite, _append])
-@pytest.mark.parametrize("kind", ["qwen3", "qwen3-moe", "llama gguf", "gpt-oss gguf", "gpt-oss packed bin"])
+@pytest.mark.parametrize(
+    "kind", ["qwen3", "qwen3-moe", "llama gguf", "gpt-oss gguf", "gpt-oss packed bin", "gpt-oss mxfp4"]
+)
 def test_a_file_that_is_changed_in_place(kind: str, change: Callable[[Path], None], tmp_path: Path) -> None:
     model, file = model_of(kind, tmp_path)
     expected = model(IDS)
@@ -73,6 +78,31 @@ def test_a_file_that_is_changed_in_place(kind: str, change: Callable[[Path], Non
         assert caught.value.filename == str(file)
     with pytest.raises(OSError, match=CHANGED):
         list(model.stream([[1, 2, 3]], max_new_tokens=2))
+    model.storage.close()
+
+
+@pytest.mark.filterwarnings("ignore:llama.cpp")
+@pytest.mark.parametrize("kind", ["llama gguf", "gpt-oss gguf", "gpt-oss packed bin", "gpt-oss mxfp4"])
+def test_a_file_that_is_cut_while_a_weight_is_computed_from_it(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a mapping it would be SIGBUS, the end of the process."""
+    model, file = model_of(kind, tmp_path)
+    assert torch.equal(model(IDS), model(IDS))
+    reader = model.storage._reader
+    part, parts = reader.part, []
+
+    def cut(name: str, index: Any) -> torch.Tensor:
+        parts.append(name)
+        _truncate(file)
+        found: torch.Tensor = part(name, index)
+        return found
+
+    monkeypatch.setattr(reader, "part", cut)
+    for _ in range(2):
+        with pytest.raises(OSError, match=CHANGED):
+            [model(IDS) for _ in range(2)]
+    assert parts
     model.storage.close()
 
 
@@ -102,10 +132,12 @@ def _replace(file: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:llama.cpp")
 @pytest.mark.parametrize("change", [_remove, _replace])
-@pytest.mark.parametrize("kind", ["qwen3-moe", "llama gguf", "gpt-oss packed bin"])
+@pytest.mark.parametrize("kind", ["qwen3-moe", "llama gguf", "gpt-oss packed bin", "gpt-oss mxfp4"])
 def test_a_removed_or_replaced_file_is_run_on(kind: str, change: Callable[[Path], None], tmp_path: Path) -> None:
+    """Also where nothing was read from it before."""
     model, file = model_of(kind, tmp_path)
-    expected = model(IDS), model(IDS.flip(1))
+    resident = load_model(file if file.suffix == ".gguf" else file.parent)
+    expected = resident(IDS), resident(IDS.flip(1))
     change(file)
     for _ in range(2):
         assert torch.equal(model(IDS), expected[0])

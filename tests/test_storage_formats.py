@@ -1,19 +1,20 @@
 """Weights that are read while a model runs give bit for bit what they give in memory, from every kind of file."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from storage_models import (  # noqa: F401  fixtures among them
     SHAPES,
     assert_same,
     between,
+    planned,
+    save_mxfp4,
     save_shape,
     shapes,
+    smallest,
     streamed,
     tight,
 )
@@ -21,8 +22,12 @@ from storage_models import (  # noqa: F401  fixtures among them
 from causallm import load_model
 from causallm.packing import packed_tensors
 from causallm.prompt_cache.fingerprint import fingerprint
+from causallm.storage.computing import BLOCK_SHARE, CAST_BYTES, scratch_bytes
+from causallm.storage.disk import THREADS
+from causallm.storage.pages import PAGE
 from causallm.weights.convert import convert
 from causallm.weights.quantize import quantize
+from causallm.weights.reader import BLOCK_BYTES, PART_BYTES
 
 pytestmark = [
     pytest.mark.usefixtures("tight"),
@@ -108,20 +113,8 @@ def test_gguf_packed(name: str, shapes: Shapes, tmp_path: Path) -> None:  # noqa
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_experts_in_mxfp4(dtype: str, shapes: Shapes, tmp_path: Path) -> None:  # noqa: F811
-    folder = tmp_path / "m"
-    folder.mkdir()
-    state = {name: tensor.bfloat16() for name, tensor in load_file(shapes("gpt-oss") / "model.safetensors").items()}
-    config = json.loads((shapes("gpt-oss") / "config.json").read_text())
-    (folder / "config.json").write_text(
-        json.dumps({**config, "dtype": "bfloat16", "quantization_config": {"quant_method": "mxfp4"}})
-    )
-    for stem in [name for name in state if name.endswith(("gate_up_proj", "down_proj"))]:
-        experts, columns, rows = state.pop(stem).shape
-        state[f"{stem}_blocks"] = torch.randint(0, 256, (experts, rows, columns // 32, 16)).to(torch.uint8)
-        state[f"{stem}_scales"] = torch.randint(122, 126, (experts, rows, columns // 32)).to(torch.uint8)
-    save_file(state, folder / "model.safetensors")
-    assert_streams(folder, dtype)
+def test_experts_in_mxfp4(dtype: str, tmp_path: Path) -> None:
+    assert_streams(save_mxfp4(tmp_path / "m"), dtype)
 
 
 def test_experts_of_a_gguf_file_in_mxfp4(shapes: Shapes, tmp_path: Path) -> None:  # noqa: F811
@@ -133,3 +126,31 @@ def test_experts_of_a_gguf_file_in_mxfp4(shapes: Shapes, tmp_path: Path) -> None
 
     oracle.write(save_shape(tmp_path / "f", "gpt-oss", hidden_size=64), tmp_path / "m.gguf", "GPT_OSS", pack)
     assert_streams(tmp_path / "m.gguf")
+
+
+def test_what_is_computed_counts_what_is_read_for_it(tmp_path: Path) -> None:
+    folder = save_mxfp4(tmp_path / "m", hidden_size=256, intermediate_size=512)
+    model = streamed(folder, memory_budget=smallest(folder))
+    layer = model.layers[0].mlp.experts
+    before, reader = model.storage.counts(), model.storage._reader
+    layer.begin([1]).wait()
+    brought = model.storage.counts() - before
+    sizes = [reader.meta(f"layers.0.mlp.experts.{name}").shape for name in ("gate_up_proj", "down_proj")]
+    packed = sum(experts * rows * columns * 17 // 32 // experts for experts, columns, rows in sizes)
+    biases = sum(4 * columns for _, _, columns in sizes)
+    assert brought.misses == 1
+    assert packed <= brought.read_bytes <= packed + biases + 8 * PAGE
+    model.storage.close()
+
+
+def test_memory_to_compute_in(shapes: Shapes, tmp_path: Path) -> None:  # noqa: F811
+    """None where the file has what the memory is to have, no more than for a part of the largest tensor elsewhere."""
+
+    def scratch(path: Path, dtype: str) -> int:
+        return scratch_bytes(planned(path, dtype=dtype)[1].pieces.values())
+
+    assert scratch(shapes("gpt-oss"), "float32") == 0
+    assert 0 < scratch(shapes("gpt-oss"), "bfloat16") <= THREADS * CAST_BYTES
+    packed = save_mxfp4(tmp_path / "m")
+    assert 0 < scratch(packed, "float32") <= THREADS * (5 * PART_BYTES + 2 * PAGE + BLOCK_SHARE * BLOCK_BYTES)
+    assert scratch(packed, "bfloat16") > scratch(shapes("gpt-oss"), "bfloat16")

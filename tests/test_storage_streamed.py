@@ -13,8 +13,7 @@ import torch
 from storage_models import assert_same, shapes, smallest, spoken, streamed, tight  # noqa: F401  fixtures among them
 
 from causallm import load_model
-from causallm.storage import disk
-from causallm.storage.disk import Ticket
+from causallm.storage.background import Background, Ticket
 from causallm.storage.layout import Layout
 from causallm.storage.open_file import OpenFile
 from causallm.storage.storage import HEAD
@@ -180,21 +179,21 @@ def test_an_interruption_anywhere(name: str, shapes: Shapes, monkeypatch: pytest
     """Also in the middle of asking for something."""
     folder = shapes(name)
     model, resident = streamed(folder, memory_budget=smallest(folder)), load_model(folder)
-    expected, put = resident(IDS), disk.Disk._put
+    expected, call = resident(IDS), Background._call
     for number in range(0, 48, 6):
         countdown = iter(range(number, -1, -1))
 
         def interrupted(*args: Any, countdown: Any = countdown, asks: bool = number % 12 > 0) -> None:
             left = next(countdown, 1)
             if left or asks:
-                put(*args)
+                call(*args)
             if not left:
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(disk.Disk, "_put", interrupted)
+        monkeypatch.setattr(Background, "_call", interrupted)
         with pytest.raises(KeyboardInterrupt):
             [model(IDS) for _ in range(99)]
-        monkeypatch.setattr(disk.Disk, "_put", put)
+        monkeypatch.setattr(Background, "_call", call)
         assert torch.equal(model(IDS), expected), number
         assert torch.equal(model(IDS.flip(1)), resident(IDS.flip(1))), number
     model.storage.close()

@@ -126,7 +126,8 @@ def test_one_tensor_at_a_time_is_in_memory(
         return call
 
     for reader in (SafetensorsReader, NntrReader):
-        monkeypatch.setattr(reader, "tensor", counted(reader.tensor))
+        for method in ("tensor", "part"):
+            monkeypatch.setattr(reader, method, counted(getattr(reader, method)))
     monkeypatch.setattr(tensor_bytes, "cast", counted(tensor_bytes.cast))
     monkeypatch.setattr(tensor_bytes, "PIECE_BYTES", 1000)
     convert(folder, tmp_path / output, dtype=torch.float16)

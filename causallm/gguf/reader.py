@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from causallm.causal_lm import CausalLM
-from causallm.gguf.changes import Change
+from causallm.gguf.changes import Change, GateAndUp, Transposed
 from causallm.gguf.families import Family
 from causallm.gguf.format import GgufFile, TensorInfo
 from causallm.gguf.mxfp4 import mxfp4_as_q8_0
@@ -14,11 +14,14 @@ from causallm.gguf.names import ROPE_FACTORS, Place, place
 from causallm.gguf.tensor_types import FLOATS, MXFP4, PACKED, row_bytes
 from causallm.transformer import Transformer
 from causallm.weights.expected import expected_parameters
-from causallm.weights.mapped_file import MappedFile
-from causallm.weights.reader import FileRange, WeightReader
+from causallm.weights.mapped_reader import MappedReader, StoredTensor
+from causallm.weights.reader import Fetch, FileRange, Index, rows_in_parts
+
+FUSED = (GateAndUp, Transposed)
+"""Of tensors that have the experts of a layer."""
 
 
-class GgufReader(WeightReader):
+class GgufReader(MappedReader):
     """The tensors of a GGUF file for `model`, which was built from it.
 
     Copied are only the query and key of Llama (rows in another order), Gemma's norms, the gates of gpt-oss's experts,
@@ -26,7 +29,8 @@ class GgufReader(WeightReader):
     """
 
     def __init__(self, file: GgufFile, family: Family, model: Transformer):
-        self.file, self._mapped = file, MappedFile(file.path)
+        super().__init__([file.path])
+        self.file = file
         places = {name: place(name, family, model.config) for name in expected_parameters(model)}
         wanted = [part for where in places.values() for part in where.names]
         # An embedding model's file may carry the head, which it has no use for.
@@ -76,15 +80,43 @@ class GgufReader(WeightReader):
 
     def tensor(self, name: str) -> Tensor:
         where = self._places[name]
-        return where.change.read([self._stored(self.file.tensors[part], where.expert) for part in where.names])
+        return self._unpacked(where, where.change.read([stored[()] for stored in self._stored(where, self._map)]))
 
-    def _stored(self, info: TensorInfo, expert: int | None) -> Tensor:
-        """The tensor, or the slice of one expert; mapped but for MXFP4."""
-        shape, dtype = info.shape, FLOATS.get(info.kind, torch.uint8)
-        if info.kind not in FLOATS:
-            shape = (*shape[:-1], row_bytes(info.kind, shape[-1]))
-        stored = self._mapped.tensor(_bytes_of(info, expert)[0], shape if expert is None else shape[1:], dtype)
-        return mxfp4_as_q8_0(stored) if info.kind == MXFP4 else stored
+    def part(self, name: str, index: Index) -> Tensor:
+        where = self._places[name]
+        # Rows first: those of MXFP4 have other bytes in the file.
+        packed = self.file.tensors[where.names[0]].kind in PACKED
+        rows = self.meta(name).dim() - 1 if packed else len(index)
+        part = where.change.part(self._stored(where, self._fetch), index[:rows])
+        return self._unpacked(where, part)[(..., *index[rows:])]
+
+    def parts(self, name: str, index: Index = ()) -> Sequence[Index]:
+        meta, change = self.meta(name), self._places[name].change
+        fused = isinstance(change, FUSED)
+        if meta.dim() < 2 + fused or len(index) > fused:
+            return super().parts(name, index)
+        # Of fused floats, (experts, in, out), the file's rows are columns.
+        columns = fused and meta.is_floating_point()
+        rows, row_bytes = meta.shape[2 if columns else fused], meta.shape[1 if columns else -1] * meta.itemsize
+        steps = rows_in_parts(rows, row_bytes, change.group(rows))
+        if not fused:
+            return [(step,) for step in steps]
+        experts = index or range(len(meta))
+        return [(expert, slice(None), step) if columns else (expert, step) for expert in experts for step in steps]
+
+    def _unpacked(self, where: Place, tensor: Tensor) -> Tensor:
+        return mxfp4_as_q8_0(tensor) if self.file.tensors[where.names[0]].kind == MXFP4 else tensor
+
+    def _stored(self, where: Place, fetch: Fetch) -> list[StoredTensor]:
+        """The tensors, or the slices of one expert, as the file has them."""
+        found = []
+        for info in map(self.file.tensors.__getitem__, where.names):
+            shape, dtype = info.shape, FLOATS.get(info.kind, torch.uint8)
+            if info.kind not in FLOATS:
+                shape = (*shape[:-1], row_bytes(info.kind, shape[-1]))
+            first, _ = _bytes_of(info, where.expert)
+            found.append(StoredTensor(fetch, self.file.path, first, shape[where.expert is not None :], dtype))
+        return found
 
     def place(self, name: str) -> FileRange | None:
         where = self._places[name]
@@ -96,7 +128,7 @@ class GgufReader(WeightReader):
     def release(self, name: str) -> None:
         where = self._places[name]
         for part in where.names:
-            self._mapped.release(*_bytes_of(self.file.tensors[part], where.expert))
+            self._mapped[self.file.path].release(*_bytes_of(self.file.tensors[part], where.expert))
 
 
 def _bytes_of(info: TensorInfo, expert: int | None) -> tuple[int, int]:

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -54,7 +53,7 @@ def attach_storage(
     progress is called with the units read and those to be read. An OSError names a file that cannot be read.
     """
     expected, packed = expected_parameters(model), packed_tensors(model)
-    disk = Disk(files_of(inventory), plan.direct)
+    disk = Disk(reader.paths(), plan.direct)
     computing = Computing(reader, disk)
     staying = {unit: layout for unit, layout in inventory.units.items() if unit not in plan.streamed}
     load_layouts(model, [inventory.small, *staying.values()], disk, computing, progress)
@@ -66,7 +65,7 @@ def attach_storage(
     bindings = {unit: _bindings(model, layout, arena, starts[unit], parts, unit) for unit, layout in streamed.items()}
     if HEAD in plan.streamed or not inventory.tied:
         # After the bindings: they hold the table's own dictionary of parameters.
-        model.embed_tokens = RowsOfFile(model.embed_tokens, row_reader(inventory.embedding, reader, disk), parts)
+        model.embed_tokens = RowsOfFile(model.embed_tokens, row_reader(inventory.embedding, reader), parts)
     if parts is not None and not inventory.tied:
         model.lm_head = parts
     experts = None
@@ -82,12 +81,6 @@ def attach_storage(
     if parts is not None:
         parts.storage = storage
     storage.expected, storage.packed, storage.planned_bytes = expected, packed, plan.memory
-
-
-def files_of(inventory: Inventory) -> list[Path]:
-    """The files that have a model's weights."""
-    places = (piece.place for piece in inventory.pieces.values())
-    return list(dict.fromkeys(place.path for place in places if place is not None))
 
 
 def load_layouts(

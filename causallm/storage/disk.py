@@ -1,14 +1,13 @@
 """Reading ranges of files into memory in the background, by a few threads, urgent ones first."""
 
 import ctypes
-import itertools
-import queue
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from causallm.storage.background import AHEAD, Background, Ticket, Work
 from causallm.storage.layout import Span
 from causallm.storage.open_file import OpenFile
 from causallm.storage.pages import PAGE, Pages, whole_pages
@@ -16,52 +15,6 @@ from causallm.storage.pages import PAGE, Pages, whole_pages
 THREADS = 4
 PIECE_BYTES = 2**22
 """Bytes of one read, so that several threads work on one unit."""
-URGENT, AHEAD = 0, 1
-"""Somebody waits for it; it will be needed soon."""
-Work = Callable[[], None]
-
-
-class Ticket:
-    """Reads under way that belong together."""
-
-    def __init__(self, count: int):
-        self._left, self._done, self._lock = count, threading.Event(), threading.Lock()
-        self._error: BaseException | None = None
-        if not count:
-            self._done.set()
-
-    def finish(self, error: BaseException | None = None) -> None:
-        """One of the reads has ended."""
-        with self._lock:
-            self._left -= 1
-            self._error = self._error or error
-            if not self._left:
-                self._done.set()
-
-    @property
-    def done(self) -> bool:
-        """Whether all have ended."""
-        return self._done.is_set()
-
-    @property
-    def failed(self) -> bool:
-        """Whether one of those that have ended did so with an error."""
-        return self._error is not None
-
-    def settle(self) -> None:
-        """Wait until all have ended, however they did."""
-        self._done.wait()
-
-    def wait(self) -> float:
-        """Wait until all have ended; returns the seconds that took. Raises what went wrong in one of them."""
-        seconds = 0.0
-        if not self._done.is_set():
-            begin = time.perf_counter()
-            self._done.wait()
-            seconds = time.perf_counter() - begin
-        if self._error is not None:
-            raise self._error
-        return seconds
 
 
 class DiskCounts:
@@ -105,12 +58,9 @@ class Disk:
     def __init__(self, paths: Sequence[Path], direct: bool, threads: int = THREADS):
         self.counts = DiskCounts()
         self._files = {path: OpenFile(path, direct) for path in dict.fromkeys(paths)}
-        self._work: queue.PriorityQueue[tuple[int, int, Work | None]] = queue.PriorityQueue()
-        self._order = itertools.count()
-        self._threads = [threading.Thread(target=_labour, args=(self._work,), daemon=True) for _ in range(threads)]
-        for thread in self._threads:
-            thread.start()
-        self._end = weakref.finalize(self, _dismiss, self._work, self._threads)
+        self._background = Background(threads)
+        # Also when the program ends: torch aborts in a thread that goes on after it.
+        self._end = weakref.finalize(self, self._background.end)
 
     @property
     def direct(self) -> bool:
@@ -138,12 +88,8 @@ class Disk:
             for span in spans
             for begin in range(0, span.nbytes, PIECE_BYTES)
         ]
-        ticket = Ticket(len(pieces) + len(computing))
-        for piece in pieces:
-            self._put(priority, ticket, self._reading(piece, memory.view(offset + piece.start, piece.nbytes)))
-        for work in computing:
-            self._put(priority, ticket, work)
-        return ticket
+        reads = [self._reading(piece, memory.view(offset + piece.start, piece.nbytes)) for piece in pieces]
+        return self._ask([*reads, *computing], priority)
 
     def read_exactly(
         self,
@@ -158,16 +104,15 @@ class Disk:
         A direct read needs whole pages: there must be room for the rest of the page where a place starts and of the
         two where it ends.
         """
-        ticket = Ticket(len(places) + len(computing))
-        for work in computing:
-            self._put(priority, ticket, work)
-        for (path, place, nbytes), start in zip(places, starts, strict=True):
-            self._put(priority, ticket, self._reading_exactly(path, place, nbytes, memory, start))
-        return ticket
+        reads = [
+            self._reading_exactly(path, place, nbytes, memory, start)
+            for (path, place, nbytes), start in zip(places, starts, strict=True)
+        ]
+        return self._ask([*computing, *reads], priority)
 
     def settle(self) -> None:
         """Wait until all that was asked for has ended."""
-        self._work.join()
+        self._background.settle()
 
     def check(self) -> None:
         """OSError where a file was changed: what is mapped from one that became shorter must not be touched."""
@@ -178,19 +123,10 @@ class Disk:
         """Read in the calling thread; place, size and target are whole pages."""
         self._read(self._files[path], offset, target)
 
-    def _put(self, priority: int, ticket: Ticket, work: Work) -> None:
+    def _ask(self, works: Sequence[Work], priority: int) -> Ticket:
         if not self._end.alive:
             raise RuntimeError("the model's files are closed, so that it cannot run any more: load it again")
-
-        def labour() -> None:
-            try:
-                work()
-            except BaseException as error:
-                ticket.finish(error)
-            else:
-                ticket.finish()
-
-        self._work.put((priority, next(self._order), labour))
+        return self._background.ask(works, priority)
 
     def _reading(self, span: Span, target: memoryview) -> Work:
         return lambda: self._read(self._files[span.path], span.offset, target)
@@ -216,20 +152,3 @@ class Disk:
             file.read(offset, target)
         finally:
             self.counts.end(len(target))
-
-
-def _labour(work: "queue.PriorityQueue[tuple[int, int, Work | None]]") -> None:
-    while (task := work.get()[2]) is not None:
-        task()
-        del task  # which would keep alive whom it serves
-        work.task_done()
-    work.task_done()
-
-
-def _dismiss(work: "queue.PriorityQueue[tuple[int, int, Work | None]]", threads: Sequence[threading.Thread]) -> None:
-    """End the threads, after what each is at. Also when the program ends: torch aborts in one that goes on after it."""
-    for number in range(len(threads)):
-        work.put((URGENT - 1, number, None))
-    for thread in threads:
-        if thread is not threading.current_thread():
-            thread.join()

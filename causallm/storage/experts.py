@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from causallm.storage.background import URGENT, Ticket
 from causallm.storage.computing import Computing
-from causallm.storage.disk import URGENT, Disk, Ticket
+from causallm.storage.disk import Disk
 from causallm.storage.layout import Piece
 from causallm.storage.pages import PAGE, Pages, whole_pages
 from layers.expert_store import Expert

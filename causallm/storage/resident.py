@@ -7,7 +7,7 @@ they are. The price is the time to read them, and memory that is not shared with
 import torch
 
 from causallm.generation import Progress
-from causallm.storage.attach import files_of, load_layouts
+from causallm.storage.attach import load_layouts
 from causallm.storage.computing import Computing
 from causallm.storage.disk import Disk
 from causallm.storage.inventory import take_inventory
@@ -41,7 +41,7 @@ def read_weights(model: Transformer, reader: WeightReader, progress: Progress | 
     layouts = [inventory.small, *inventory.units.values()]
     if not inventory.tied:
         layouts.append(lay_out([inventory.embedding]))
-    disk = Disk(files_of(inventory), direct=False)
+    disk = Disk(reader.paths(), direct=False)
     try:
         load_layouts(model, layouts, disk, Computing(reader, disk), progress)
     finally:

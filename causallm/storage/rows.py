@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from causallm.storage.disk import Disk, OpenFile
 from causallm.storage.layout import Piece
+from causallm.storage.open_file import OpenFile
 from causallm.weights.reader import WeightReader
 
 
@@ -43,17 +43,13 @@ class RowsOfFile(nn.Module):
         return self.table.project(hidden) if head is None else head(hidden)
 
 
-def row_reader(piece: Piece, reader: WeightReader, disk: Disk) -> Callable[[list[int]], Tensor]:
+def row_reader(piece: Piece, reader: WeightReader) -> Callable[[list[int]], Tensor]:
     """What reads rows of a table, (rows, columns) of the piece's dtype, from where the file has it."""
     place, count = piece.place, piece.shape[0]
     if place is None or place.transposed:
 
         def compute(numbers: list[int]) -> Tensor:
-            disk.check()
-            rows = torch.cat([reader.part(piece.name, (slice(row, row + 1),)).to(piece.dtype) for row in numbers])
-            reader.release(piece.name)
-            disk.check()
-            return rows
+            return torch.cat([reader.part(piece.name, (slice(row, row + 1),)).to(piece.dtype) for row in numbers])
 
         return compute
     file, nbytes = OpenFile(place.path, direct=False), place.nbytes // count

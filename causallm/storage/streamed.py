@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from causallm.storage.background import AHEAD, Ticket
 from causallm.storage.computing import Computing
 from causallm.storage.counts import StorageCounts
-from causallm.storage.disk import AHEAD, Disk, Ticket
+from causallm.storage.disk import Disk
 from causallm.storage.experts import CachedExperts
 from causallm.storage.layout import Layout
 from causallm.storage.pages import Pages
@@ -101,6 +102,7 @@ class StreamedBlocks(Storage):
     def weights(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         assert self.expected is not None
         for name in sorted(self.expected):
+            self._disk.check()
             yield name, self._reader.tensor(name).to(self.expected[name].dtype)
             self._reader.release(name)
 

@@ -1,12 +1,13 @@
 """Packed weights as floats, for files that hold no others."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from causallm.packing import unpack_weight
-from causallm.weights.reader import WeightReader
+from causallm.weights.reader import Fetch, WeightReader
 from layers.kernels.block_formats import BLOCK_FORMATS
 
 
@@ -31,6 +32,12 @@ class ExpandedReader(WeightReader):
     def tensor(self, name: str) -> Tensor:
         tensor = self.inner.tensor(name)
         return unpack_weight(tensor, self._formats[name]).to(self.dtype) if name in self._formats else tensor
+
+    def paths(self) -> Sequence[Path]:
+        return self.inner.paths()
+
+    def fetch_with(self, fetch: Fetch) -> None:
+        self.inner.fetch_with(fetch)
 
     def release(self, name: str) -> None:
         self.inner.release(name)

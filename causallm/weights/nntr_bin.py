@@ -1,6 +1,6 @@
 """NNTrainer's `.bin`: reading it mapped, writing it one tensor at a time; the order is `nntr_layout`'s."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,8 +12,9 @@ from causallm.packing import packed_shape
 from causallm.transformer import Transformer
 from causallm.weights.atomic_file import atomic_file
 from causallm.weights.expected import expected_parameters
-from causallm.weights.mapped_file import MappedFile
+from causallm.weights.mapped_reader import MappedReader, StoredTensor
 from causallm.weights.nntr_layout import (
+    ALL,
     STORAGES,
     Entry,
     Storage,
@@ -26,15 +27,15 @@ from causallm.weights.nntr_layout import (
     layout,
 )
 from causallm.weights.nntr_quantized import INTERLEAVED, is_packed, packing_problem
-from causallm.weights.q4_0x8 import deinterleave, interleave
-from causallm.weights.reader import FileRange, Index, WeightReader
+from causallm.weights.q4_0x8 import ROWS, deinterleave, interleave
+from causallm.weights.reader import Fetch, FileRange, Index, WeightReader, rows_in_parts
 from causallm.weights.tensor_bytes import Advance, write_tensor
 from layers.kernels.block_formats import BLOCK_FORMATS
 
 SAID = "by nntr_config.json"
 
 
-class NntrReader(WeightReader):
+class NntrReader(MappedReader):
     """The tensors of a `.bin` for `model`, which gives order and shapes (it may be on the meta device).
 
     Linear weights are views of the mapping, (out, in) with the strides of (in, out); gpt-oss's fused experts and
@@ -44,7 +45,8 @@ class NntrReader(WeightReader):
     """
 
     def __init__(self, path: Path, model: Transformer):
-        self._file = MappedFile(path)
+        super().__init__([path])
+        self._path, self._file = path, self._mapped[path]
         self._shapes = {name: parameter.shape for name, parameter in expected_parameters(model).items()}
         entries, self._dtypes = _identify(path, self._file.size, model)
         self._places: dict[str, list[tuple[Entry, int]]] = {name: [] for name in self._shapes}
@@ -71,26 +73,48 @@ class NntrReader(WeightReader):
     def tensor(self, name: str) -> Tensor:
         places = self._places[name]
         if len(places) == 1:
-            return self._read(*places[0])
+            return self._read(*places[0], self._map)
         whole = torch.empty_like(self.meta(name), device="cpu")
         for expert in range(len(whole)):
-            whole[expert] = self._expert(name, expert)
+            whole[expert] = self._expert(name, expert, self._map)
         return whole
 
     def part(self, name: str, index: Index) -> Tensor:
-        for entry, position in self._places[name]:
-            if index and self._index(entry) == index:
-                return self._read(entry, position)
-        if index and isinstance(index[0], int) and len(self._places[name]) > 1:
-            return self._expert(name, index[0])[index[1:]]
+        fused = len(self._places[name]) > 1
+        for part, entry, position, rows in self._cut(name, index[:1] if fused else ()):
+            if index == part:
+                return self._read(entry, position, self._fetch, rows)
+        if not fused:
+            return self._read(*self._places[name][0], self._fetch)[index]
+        if index and isinstance(index[0], int):
+            return self._expert(name, index[0], self._fetch)[index[1:]]
         return super().part(name, index)
 
-    def _expert(self, name: str, expert: int) -> Tensor:
+    def parts(self, name: str, index: Index = ()) -> Sequence[Index]:
+        if len(index) > 1 or self.place(name):
+            return super().parts(name, index)
+        return [part for part, *_ in self._cut(name, index)]
+
+    def _cut(self, name: str, index: Index) -> Iterator[tuple[Index, Entry, int, slice]]:
+        """Parts of our tensor, of all or of one expert, each with the entry, its position and the rows that are it."""
+        shape = self.meta(name).shape
+        for entry, position in self._places[name]:
+            where = self._index(entry)
+            if where[:1] == index or not index:
+                cut = where[1] if len(where) > 1 else ALL
+                assert isinstance(cut, slice)
+                ours = range(shape[len(where[:1])])[cut]
+                row_bytes = entry.nbytes(self._dtypes[entry.kind]) // len(ours)
+                for rows in rows_in_parts(len(ours), row_bytes, ROWS):
+                    some = ours[rows]
+                    yield (*where[:1], slice(some.start, some.stop, some.step), *where[2:]), entry, position, rows
+
+    def _expert(self, name: str, expert: int, fetch: Fetch) -> Tensor:
         """One of fused experts, put together from its entries."""
         whole = torch.empty_like(self.meta(name)[0], device="cpu")
         for entry, position in self._places[name]:
             if entry.index[0] == expert:
-                whole[self._index(entry)[1:]] = self._read(entry, position)
+                whole[self._index(entry)[1:]] = self._read(entry, position, fetch)
         return whole
 
     def _index(self, entry: Entry) -> Index:
@@ -102,7 +126,7 @@ class NntrReader(WeightReader):
         if len(self._places[name]) > 1 or entry.offset or (isinstance(stored, str) and entry.kind in INTERLEAVED):
             return None
         transposed = entry.transposed and not isinstance(stored, str)
-        return FileRange(self._file.path, position, entry.nbytes(stored), transposed)
+        return FileRange(self._path, position, entry.nbytes(stored), transposed)
 
     def release(self, name: str) -> None:
         for entry, position in self._places[name]:
@@ -111,23 +135,21 @@ class NntrReader(WeightReader):
     def _stored(self, name: str) -> Stored:
         return self._dtypes[self._places[name][0][0].kind]
 
-    def _read(self, entry: Entry, position: int) -> Tensor:
+    def _read(self, entry: Entry, position: int, fetch: Fetch, rows: slice = ALL) -> Tensor:
+        """rows: which of the file's, of interleaved ones whole groups."""
         stored = self._dtypes[entry.kind]
         if isinstance(stored, str):
-            return self._read_packed(entry, position, stored)
+            packed = StoredTensor(fetch, self._path, position, packed_shape(entry.matrix, stored), torch.uint8)[(rows,)]
+            if entry.kind not in INTERLEAVED:
+                return packed
+            plain = deinterleave(packed)
+            self._file.release(position, entry.nbytes(stored))
+            return plain
         shape = entry.shape[::-1] if entry.transposed else entry.shape
-        values = self._file.tensor(position, shape, stored)
+        values = StoredTensor(fetch, self._path, position, shape, stored)[(rows,)]
         if entry.offset:
             return values.float() - 1.0
         return values.t() if entry.transposed else values
-
-    def _read_packed(self, entry: Entry, position: int, kind: str) -> Tensor:
-        rows = self._file.tensor(position, packed_shape(entry.matrix, kind), torch.uint8)
-        if entry.kind not in INTERLEAVED:
-            return rows
-        plain = deinterleave(rows)
-        self._file.release(position, rows.nbytes)
-        return plain
 
 
 def _identify(path: Path, size: int, model: Transformer) -> tuple[Sequence[Entry], Storage]:

@@ -1,14 +1,27 @@
 """What every reader of weights offers, whatever the file: iteration, and random access by our names."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 Index = tuple[int | slice, ...]
 """A part of a tensor, as in `tensor[index]`."""
+Fetch = Callable[[Path, int, Sequence[int], torch.dtype], Tensor]
+"""Gives the contiguous tensor, of that shape and dtype, that starts at a byte of a file."""
+PART_BYTES = 2**19
+"""About the size of what is read and computed at once."""
+BLOCK_BYTES = 2**16
+"""Of what is computed at once where what is made on the way has many times its bytes."""
+
+
+def rows_in_parts(rows: int, row_bytes: int, multiple: int = 1, nbytes: int | None = None) -> list[slice]:
+    """Slices of about `nbytes`, else `PART_BYTES`, that are all rows; each but the last has a multiple of so many."""
+    step = max((nbytes or PART_BYTES) // max(row_bytes * multiple, 1), 1) * multiple
+    return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
 
 
 @dataclass(frozen=True)
@@ -52,9 +65,22 @@ class WeightReader(ABC):
         """Where a file holds the tensor's values as they are; None where they must be computed."""
         return None
 
+    @abstractmethod
+    def paths(self) -> Sequence[Path]:
+        """The files that tensors are read from, open from the start: they may be removed or replaced."""
+
+    @abstractmethod
+    def fetch_with(self, fetch: Fetch) -> None:
+        """From now on `part` has what it needs of the files from `fetch`, which is a mapping otherwise: one of a file
+        that has become shorter must not be touched."""
+
     def part(self, name: str, index: Index) -> Tensor:
         """`tensor(name)[index]`; a reader that must compute a tensor computes no more than the part."""
         return self.tensor(name)[index] if index else self.tensor(name)
+
+    def parts(self, name: str, index: Index = ()) -> Sequence[Index]:
+        """Parts that `part(name, index)` consists of, where computing them one by one needs less memory."""
+        return [index]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for name in self.names():

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from causallm.config import read_json
-from causallm.weights.mapped_file import MappedFile
+from causallm.weights.mapped_reader import MappedReader, StoredTensor
 from causallm.weights.names import is_computed, module_name
-from causallm.weights.reader import FileRange, WeightReader
+from causallm.weights.reader import Fetch, FileRange, Index
 from layers.kernels.block_formats import BLOCK_FORMATS
 
 SINGLE = "model.safetensors"
@@ -51,7 +51,7 @@ class Header:
     start: int
 
 
-class SafetensorsReader(WeightReader):
+class SafetensorsReader(MappedReader):
     """The tensors of several files; `prefix` is put before each name of a file.
 
     The whole of every header is checked before anything is read; FileNotFoundError and ValueError name the file.
@@ -60,7 +60,7 @@ class SafetensorsReader(WeightReader):
     def __init__(self, files: Mapping[Path, str]):
         self.files = dict(files)
         self._headers = {path: read_header(path) for path in self.files}
-        self._mapped: dict[Path, MappedFile] = {}
+        super().__init__(self.files)
         self._places: dict[str, tuple[Path, Mapping[str, Any]]] = {}
         for path, prefix in self.files.items():
             for name, entry in self._headers[path].tensors.items():
@@ -107,11 +107,15 @@ class SafetensorsReader(WeightReader):
         return torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]], device="meta")
 
     def tensor(self, name: str) -> Tensor:
+        return self._stored(name, self._map)[()]
+
+    def part(self, name: str, index: Index) -> Tensor:
+        return self._stored(name, self._fetch)[index]
+
+    def _stored(self, name: str, fetch: Fetch) -> StoredTensor:
         path, entry = self._places[name]
-        if path not in self._mapped:
-            self._mapped[path] = MappedFile(path)
         start = self._headers[path].start + entry["data_offsets"][0]
-        return self._mapped[path].tensor(start, entry["shape"], DTYPES[entry["dtype"]])
+        return StoredTensor(fetch, path, start, entry["shape"], DTYPES[entry["dtype"]])
 
     def place(self, name: str) -> FileRange:
         path, entry = self._places[name]
@@ -120,8 +124,7 @@ class SafetensorsReader(WeightReader):
 
     def release(self, name: str) -> None:
         where = self.place(name)
-        if where.path in self._mapped:
-            self._mapped[where.path].release(where.offset, where.nbytes)
+        self._mapped[where.path].release(where.offset, where.nbytes)
 
 
 def _indexed(index: Path, extra: Mapping[Path, str]) -> SafetensorsReader:
