@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from causallm.causal_lm import CausalLM
 from causallm.cuda_graphs import graphed
-from causallm.generation import DEFAULT_CHUNK, decode_one, prefill
+from causallm.generation import decode_one, prefill
 from causallm.memory_bandwidth import wait_for
 from causallm.packing import packed_tensors
 from causallm.prompt_cache.reuse import PromptCache
+from causallm.storage.step_memory import rows_that_fit, step_tokens
 from causallm.transformer import Transformer
 from causallm.weights.expected import expected_parameters
 from layers.expert_store import ExpertStore
@@ -99,12 +100,33 @@ def measure(
     """Yields the measurement of each case: one run that warms up, then `repeat` that count. Tokens are random, the
     seed fixed; those in the cache before a case begins are `held`, of its depth and batch and without
     padding, or random as well. Sets
-    torch's number of threads, and puts it back at the end.
+    torch's number of threads, and puts it back at the end. ValueError at once for rows that a memory budget has no room
+    for; under one `held` is used up.
     """
+    for case in cases:
+        _check_room(model, case)
+    return _measure(model, cases, repeat, held)
+
+
+def _check_room(model: CausalLM, case: Case) -> None:
+    columns = case.tokens + 2 * case.depth
+    positions = model.storage.positions
+    if positions is not None and (
+        case.batch * columns > positions or rows_that_fit(model, case.batch, columns) < case.batch
+    ):
+        rows = "1 row" if case.batch == 1 else f"{case.batch} rows"
+        twice = " (the depth twice, for its repeats begin with a copy)" if case.depth else ""
+        raise ValueError(
+            f"{case.name}: {rows} of {columns} positions{twice} have no room in the memory that was planned for "
+            f"{positions}; raise max_seq_len (--max-length) or, for more rows, batch_size of nntr_config.json"
+        )
+
+
+def _measure(model: CausalLM, cases: Sequence[Case], repeat: int, held: PromptCache | None) -> Iterator[Measurement]:
     before = torch.get_num_threads()
     try:
         for (batch, depth), group in itertools.groupby(cases, lambda case: (case.batch, case.depth)):
-            states: States | None = None if held is None else [layer.state() for layer in held.cache]
+            states: States | None = None if held is None else held.states(model)
             for case in group:
                 torch.set_num_threads(case.threads)
                 if depth and states is None:
@@ -168,7 +190,7 @@ def name_dtypes(model: nn.Module) -> str:
 def _fill(model: CausalLM, batch: int, depth: int) -> States:
     """The state of a cache after `depth` random tokens a row."""
     cache = model.make_cache(batch, depth)
-    prefill(model, _random_ids(model, batch, depth), cache, None, _chunk(model))
+    prefill(model, _random_ids(model, batch, depth), cache, None, step_tokens(model, batch))
     return [layer.state() for layer in cache]
 
 
@@ -183,7 +205,7 @@ def _run(model: CausalLM, case: Case, states: States | None) -> float:
     wait_for(model.device)
     begin = time.perf_counter()
     if case.kind == "pp":
-        prefill(model, ids, cache, None, _chunk(model))
+        prefill(model, ids, cache, None, step_tokens(model, case.batch))
     else:
         _decode(model, ids[:, 0], cache, case.tokens)
     wait_for(model.device)
@@ -195,10 +217,6 @@ def _decode(model: CausalLM, tokens: Int[Tensor, "batch"], cache: Sequence[KVCac
     decode = graphed(model, cache, None, lambda tokens: decode_one(model, tokens, cache, None))
     for _ in range(steps):
         tokens = decode(tokens).argmax(-1)
-
-
-def _chunk(model: CausalLM) -> int:
-    return model.runtime_config.init_seq_len or DEFAULT_CHUNK
 
 
 def _random_ids(model: CausalLM, batch: int, time: int) -> Int[Tensor, "batch time"]:

@@ -14,6 +14,7 @@ from causallm.kept_cache import KeptCache
 from causallm.options import generation_options
 from causallm.prompt_cache import PromptCache, load_prompt_cache, save_prompt_cache
 from causallm.report import Report
+from causallm.storage.step_memory import planned_capacity
 from causallm.tokenizer import Tokenizer
 from causallm.transcript import Message, load_messages, save_messages
 
@@ -42,8 +43,9 @@ class Conversation:
 
     on_full: what happens to a conversation longer than the context, see `causallm.context_window.WAYS`.
     template_variables: what else the template reads, such as enable_thinking. static_cache: allocate the cache of the
-    whole context at once. prompt_cache: what the first turn may begin with; a copy is taken. options: fields of
-    GenerationConfig, or bad_words. A mistake is a ValueError at once.
+    whole context at once, as is done under a memory budget in any case. prompt_cache: what the first turn may begin
+    with; a copy is taken, but under a memory budget it is used up. options: fields of GenerationConfig, or bad_words. A
+    mistake is a ValueError at once.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class Conversation:
         self.turn: Turn | None = None
         self.report = Report()
         self._cache = KeptCache(model)
-        self._capacity = model.max_length if static_cache else None
+        self._capacity = model.max_length if static_cache else planned_capacity(model)
         self._options: dict[str, Any] = {}
         self._answering = False
         self.system, self.on_full = system, on_full
@@ -166,10 +168,12 @@ class Conversation:
     def load(self, path: str | Path, cache: str | Path | None = None) -> None:
         """Take over the messages that `save` wrote, system message and all; with `cache`, its prompt cache as well.
 
-        A ValueError changes nothing.
+        A ValueError changes nothing, but under a memory budget, which has no room for two, the cache held is let go.
         """
         messages = load_messages(Path(path))
         if cache is not None:
+            if self.model.storage.positions is not None:
+                self._cache = KeptCache(self.model)
             self._cache.adopt(load_prompt_cache(Path(cache), self.model), self._capacity)
         self.messages[:] = messages
 

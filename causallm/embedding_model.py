@@ -12,6 +12,7 @@ from torch.nn import functional
 from causallm.config.pooling import PoolingConfig
 from causallm.prompt_ids import left_pad
 from causallm.report import Report
+from causallm.storage.step_memory import rows_that_fit
 from causallm.transformer import Transformer
 from layers.kv_cache import KVCache
 
@@ -20,6 +21,7 @@ class EmbeddingModel(Transformer):
     """A Transformer that gives one vector a text; what pools them is config.json's neighbour modules.json."""
 
     default_pooling: ClassVar[str] = "last"
+    in_steps = False
 
     def constructModel(self) -> None:
         super().constructModel()
@@ -48,7 +50,8 @@ class EmbeddingModel(Transformer):
     def encode(self, texts: Sequence[str], report: Report | None = None) -> Float[Tensor, "texts embedding"]:
         """The vectors of several texts, nntr_config.json's head and tail around each, as each would be alone.
 
-        At most batch_size run together; `report` counts their tokens. ValueError for a text that does not fit.
+        At most batch_size run together, fewer where a memory budget has no room for them; `report` counts their tokens.
+        ValueError for a text that does not fit.
         """
         if self.tokenizer is None:
             raise ValueError("the model has no tokenizer, so it cannot take text")
@@ -61,7 +64,7 @@ class EmbeddingModel(Transformer):
                 raise ValueError(f"the text has {len(row)} tokens, expected 1 to {self.max_length}")
         if report:
             report.prompt_tokens += sum(map(len, rows))
-        size = self.runtime_config.batch_size or len(rows)
+        size = rows_that_fit(self, self.runtime_config.batch_size or len(rows), max(map(len, rows)))
         with torch.inference_mode():
             vectors = []
             for start in range(0, len(rows), size):

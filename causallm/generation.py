@@ -17,12 +17,10 @@ from causallm.report import Lookup, Report
 from causallm.sampling import make_generators, sample
 from causallm.stop_strings import StopStrings
 from causallm.storage.counts import StorageCounts
+from causallm.storage.step_memory import rows_that_fit, step_tokens
 from causallm.stream_decoder import StreamDecoder
 from causallm.transformer import Transformer
 from layers.kv_cache import KVCache
-
-DEFAULT_CHUNK = 512
-"""Prompt tokens in one step where nntr_config.json has no init_seq_len."""
 
 Progress = Callable[[int, int], None]
 """Called with how much is done and how much there is to do."""
@@ -118,9 +116,9 @@ def _columns(rows: Sequence["_Row"]) -> int:
 
 
 def _rows_at_once(model: Transformer, rows: Sequence["_Row"]) -> int:
-    """nntr_config.json's batch_size, else all rows, or as many as the storage has positions for."""
-    size, positions = model.runtime_config.batch_size or len(rows), model.storage.positions
-    return size if positions is None or not rows else max(min(size, positions // max(_columns(rows), 1)), 1)
+    """nntr_config.json's batch_size, else all rows, or as many as a memory budget has room for."""
+    size = model.runtime_config.batch_size or len(rows)
+    return rows_that_fit(model, size, _columns(rows)) if rows else size
 
 
 def _batch_size(held: PromptCache, prompts: int, size: int) -> int:
@@ -146,7 +144,7 @@ def _run(
     """One batch, from its prompts to the end of its last row."""
     ids, padding = left_pad([row.history.tokens for row in rows], model.device)
     report.prompt_tokens += sum(len(row.history.tokens) for row in rows)
-    chunk = model.runtime_config.init_seq_len or DEFAULT_CHUNK
+    chunk = step_tokens(model, len(rows))
     counts = model.storage.counts()
     with report.timed("prefill"):
         cache = begin(rows)

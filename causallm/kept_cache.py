@@ -64,15 +64,17 @@ class KeptCache:
     def adopt(self, held: PromptCache, capacity: int | None = None) -> None:
         """Hold a copy of a prompt cache of one row in place of what is held; ValueError for one of several.
 
-        capacity: as in the calls of `reuse` to come.
+        capacity: as in the calls of `reuse` to come. Under a memory budget it is no copy, nothing is left in `held`.
         """
         if len(held.ids) != 1:
             raise ValueError(f"the prompt cache has {len(held.ids)} rows, a conversation goes on from one")
-        rollback = max(layer.rollback or 0 for layer in held.cache)
+        rollback, ids = max((layer.rollback or 0 for layer in held.cache), default=0), held.ids[0]
         # A token more than is held: one is always left to compute.
-        self._layers, count = held.reuse(self._model, [[*held.ids[0], 0]], capacity, rollback, keep=True)
-        self._ids, self._mark, self._kind = held.ids[0][:count], None, (capacity, rollback)
-        self._rotated_for = held.rope_length or held.columns
+        self._layers, count = held.reuse(self._model, [[*ids, 0]], capacity, rollback, keep=True)
+        self._ids, self._mark, self._kind = ids[:count], None, (capacity, rollback)
+        self._rotated_for = held.rope_length or len(ids)
+        if held.cache is self._layers:
+            held.clear()
 
     def as_prompt_cache(self, ids: Sequence[int]) -> PromptCache:
         """What is held of `ids`, not a copy: the rest is forgotten. ValueError where that is nothing."""

@@ -8,6 +8,7 @@ import torch
 
 from causallm.causal_lm import CausalLM
 from causallm.generation import Progress
+from causallm.logit_blocks import choose_blocks, logit_blocks
 from causallm.prompt_ids import check_ids
 from causallm.training.loss import cross_entropy_sum
 from causallm.training.progress import perplexity as exponential
@@ -48,10 +49,10 @@ def perplexity(
     A window scores the tokens that no window before it has scored, given all that it holds before them: the strided
     sliding window of huggingface.co/docs/transformers/perplexity. A window's first token is only ever context. Every
     scored token weighs the same; the page's code weighs a window by one token fewer than its mean is over.
-    `progress` is called after each window with the tokens done and those there are. No more logits are held than
-    one window's. Keys and values pass through a cache only where nntr_config.json has a kv_cache_dtype, whose effect
-    that shows. ValueError for fewer than 2 tokens, a window beyond the model's context, a stride beyond the window,
-    a model that sees what it is to predict, and scores that are not finite.
+    `progress` is called after each window with the tokens done and those there are. Keys and values pass through a
+    cache only where nntr_config.json has a kv_cache_dtype, whose effect that shows, or a memory budget has no room for
+    a window in one step. ValueError for fewer than 2 tokens, a window beyond the model's context, a stride beyond the
+    window, a model that sees what it is to predict, and scores that are not finite.
     """
     if not model.is_causal:
         raise ValueError("a model that attends in both directions sees the tokens that it would have to predict")
@@ -91,7 +92,10 @@ def windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, i
 def _score(model: CausalLM, ids: Sequence[int], scored: int) -> float:
     """-log p of the last `scored` of `ids`, summed, in nats."""
     window = torch.tensor(ids, device=model.device)
+    cached = model.runtime_config.kv_cache_dtype is not None
+    nats, targets = 0.0, window[-scored:]
     # The last token predicts none of them, but counts for the rotary kinds that depend on the length.
-    cache = None if model.runtime_config.kv_cache_dtype is None else model.make_cache()
-    logits = model(window[None, :-1], cache, rope_length=len(ids), last=scored)
-    return cross_entropy_sum(logits[0], window[-scored:]).item()
+    for logits in logit_blocks(model, window[:-1], scored, choose_blocks(model), cached, len(ids)):
+        nats += cross_entropy_sum(logits, targets[: len(logits)]).item()
+        targets = targets[len(logits) :]
+    return nats

@@ -26,6 +26,9 @@ from layers.step import Step
 from layers.swiglu import SwiGLU
 from layers.tie_word_embedding import TieWordEmbedding
 
+DEFAULT_CHUNK = 512
+"""Prompt tokens in one step where nntr_config.json has no init_seq_len."""
+
 
 class Transformer(nn.Module):
     """A decoder body: embedding, blocks, final norm. As it stands it is Llama's; families override hooks.
@@ -37,6 +40,8 @@ class Transformer(nn.Module):
 
     config_defaults: ClassVar[Mapping[str, Any]] = {"use_sliding_window": False}
     """What this family assumes of keys that config.json leaves out."""
+    in_steps: ClassVar[bool] = True
+    """Whether it takes a text in step by step over a cache of keys and values; else at once and without one."""
 
     def __init__(self, cfg: ModelConfig, generation_cfg: GenerationConfig, nntr_cfg: RuntimeConfig):
         super().__init__()
@@ -188,6 +193,11 @@ class Transformer(nn.Module):
         """Where the weights are."""
         weight: Any = self.norm.weight
         return weight.device
+
+    @property
+    def chunk(self) -> int:
+        """The most tokens of a row in one step."""
+        return self.runtime_config.init_seq_len or DEFAULT_CHUNK if self.in_steps else self.max_length
 
     @property
     def cache_dtype(self) -> torch.dtype:

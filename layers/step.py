@@ -3,11 +3,14 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from layers.kv_cache import Columns
 from layers.rope import Rope, inverse_frequencies, rotary_tables
+
+MASK_BLOCK = 2**18
+"""Numbers of a mask that are made at once: what is compared for each takes several times the memory of the mask."""
 
 
 @dataclass(frozen=True)
@@ -93,18 +96,28 @@ class Step:
         if everything and (self.time == 1 or not self.causal):
             return Mask()
         queries, keys = self.positions[:, :, None], self._key_positions(columns)
+        kind = self.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.dtype
+        rows, past = max(len(queries), len(keys)), keys.shape[2]
+        bias = torch.zeros(rows, self.time, past, dtype=dtype, device=self.device)
+        size = max(MASK_BLOCK // (rows * past), 1)
+        for start in range(0, self.time, size):
+            block = slice(start, start + size)
+            hidden = ~self._allowed(queries[:, block], keys, window)
+            if self.documents is not None:
+                hidden |= self.documents[:, block, None] != self.documents[:, None, :]
+            bias[:, block].masked_fill_(hidden, -torch.inf)
+        return Mask(bias[:, None], everything and self.causal, self.time if self.causal else 0)
+
+    def _allowed(
+        self, queries: Int[Tensor, "batch_or_1 time 1"], keys: Int[Tensor, "batch_or_1 1 past"], window: int | None
+    ) -> Bool[Tensor, "batch_or_1 time past"]:
         distance = queries - keys
         allowed = distance >= 0 if self.causal else torch.ones_like(distance, dtype=torch.bool)
         if window is not None:
             allowed = allowed & (distance.abs() < window)
-        if self.documents is not None:
-            allowed = allowed & (self.documents[:, :, None] == self.documents[:, None, :])
         # A padded token sees itself, so that no row of the softmax is empty.
-        allowed = allowed & (keys >= 0) | (queries < 0) & (distance == 0)
-        kind = self.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.dtype
-        bias = torch.zeros(allowed.shape, dtype=dtype, device=self.device).masked_fill_(~allowed, -torch.inf)
-        return Mask(bias[:, None], everything and self.causal, self.time if self.causal else 0)
+        return allowed & (keys >= 0) | (queries < 0) & (distance == 0)
 
     def _key_positions(self, columns: Columns) -> Int[Tensor, "batch_or_1 1 past"]:
         if self.documents is not None:

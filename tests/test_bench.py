@@ -33,6 +33,8 @@ from causallm.causal_lm import CausalLM
 from causallm.cli import main
 from causallm.commands.bench import cpu_name, parse_numbers
 from causallm.memory_bandwidth import processors, read_bandwidth, read_bandwidth_apart
+from causallm.prompt_cache.make import make_prompt_cache
+from causallm.storage.storage import Storage
 from layers.packed import PackedLinear
 
 Captured = pytest.CaptureFixture[str]
@@ -358,3 +360,28 @@ def test_the_memory_is_read_in_another_process() -> None:
     assert read_bandwidth_apart(1, size=4000) > 0
     with pytest.raises(OSError, match="the memory bandwidth could not be measured: "):
         read_bandwidth_apart(1, size=-8)
+
+
+def test_rows_that_a_budget_has_no_room_for_are_refused(
+    checkpoints: Checkpoints, calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = checkpoints.ours("llama", init_seq_len=4)
+    monkeypatch.setattr(model, "storage", Storage())
+    model.storage.positions = model.max_length
+    list(measure(model, cases_of(batches=[2], prompts=[8]), 1))
+    assert max(rows * time for rows, time in (call["shape"] for call in calls)) == 4
+    list(measure(model, cases_of(depths=[20], prompts=[24], generates=[24]), 1))
+    message = f"pp17: 4 rows of 17 positions have no room in the memory that was planned for {model.max_length}"
+    with pytest.raises(ValueError, match=message):
+        measure(model, cases_of(batches=[4], prompts=[17]), 1)
+    with pytest.raises(ValueError, match=r"tg25 @ d20: 1 row of 65 positions \(the depth twice"):
+        measure(model, cases_of(depths=[20], generates=[25]), 1)
+
+
+def test_under_a_budget_the_prompt_cache_is_used_up(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = checkpoints.ours("llama", init_seq_len=4)
+    monkeypatch.setattr(model, "storage", Storage())
+    model.storage.positions = model.max_length
+    held = make_prompt_cache(model, [[1, 2, 3]])
+    assert len(list(measure(model, cases_of(depths=[3]), 1, held))) == 2
+    assert not held.cache

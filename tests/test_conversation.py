@@ -14,11 +14,13 @@ import torch
 from families import LENGTH_DEPENDENT, MODELS
 from text_models import TEMPLATE, save_text_model
 
+import causallm.conversation
 from causallm import load_model
 from causallm.config import RuntimeConfig
 from causallm.context_window import fit
 from causallm.conversation import Conversation
 from causallm.prompt_cache import PromptCache, load_prompt_cache
+from causallm.storage.storage import Storage
 from layers.sliding_cache import SlidingKVCache
 
 # Shapes are checked where the layers and families are tested; to do so again would take most of the time.
@@ -578,3 +580,44 @@ def test_the_cache_is_saved_too(sliding: Any, tmp_path: Path, static: bool) -> N
         assert reused(each) == reused(conversation) > 0
     with pytest.raises(ValueError, match="the prompt cache has 2 rows"):
         Conversation(sliding, prompt_cache=PromptCache(held.ids * 2, held.cache))
+
+
+def test_under_a_budget_there_is_one_cache(sliding: Any, tmp_path: Path) -> None:
+    """It has its memory at once, and a prompt cache becomes it."""
+    expected = Conversation(sliding, do_sample=False, max_new_tokens=6)
+    answers = [expected.answer(text) for text in SAYINGS[:3]]
+    model = copy.copy(sliding)
+    model.storage = Storage()
+    model.storage.positions = model.max_length
+    talk = Conversation(model, do_sample=False, max_new_tokens=6)
+    assert [talk.answer(text) for text in SAYINGS[:2]] == answers[:2]
+    full = [layer.limit for layer in talk._cache._layers if layer.rollback is None]
+    assert full == [model.max_length] * len(full) != []
+    talk.save(tmp_path / "talk.json", tmp_path / "talk.cache")
+    held = load_prompt_cache(tmp_path / "talk.cache", model)
+    layers = list(held.cache)
+    first, second = (Conversation(model, do_sample=False, max_new_tokens=6, prompt_cache=held) for _ in range(2))
+    assert not held.cache
+    assert first._cache._layers == layers
+    talk.load(tmp_path / "talk.json", tmp_path / "talk.cache")
+    for each in (first, second, talk):
+        each.load(tmp_path / "talk.json")
+        assert each.answer(SAYINGS[2]) == answers[2]
+    assert reused(first) == reused(talk) > reused(second) == 0
+
+
+def test_under_a_budget_the_cache_goes_before_another_is_read(sliding: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    model, held = copy.copy(sliding), list[int]()
+    model.storage = Storage()
+    model.storage.positions = model.max_length
+    talk = Conversation(model, do_sample=False, max_new_tokens=6)
+    talk.answer(SAYINGS[0])
+    talk.save(tmp_path / "talk.json", tmp_path / "talk.cache")
+
+    def load(*arguments: Any) -> Any:
+        held.append(talk._cache.nbytes)
+        return load_prompt_cache(*arguments)
+
+    monkeypatch.setattr(causallm.conversation, "load_prompt_cache", load)
+    talk.load(tmp_path / "talk.json", tmp_path / "talk.cache")
+    assert held == [0]

@@ -14,11 +14,12 @@ from text_models import PROMPT, save_text_model
 
 from causallm import load_model
 from causallm.config import GenerationConfig
-from causallm.generation import DEFAULT_CHUNK, Event, generate
+from causallm.generation import Event, generate
 from causallm.options import generation_options
 from causallm.penalties import TokenHistory, adjust_logits
 from causallm.prompt_ids import fit_prompt
 from causallm.report import Report
+from causallm.transformer import DEFAULT_CHUNK
 
 MAX_LENGTH = 64
 """Of the models in `families`."""

@@ -14,9 +14,10 @@ from sample_tokenizers import byte_fallback, byte_level, save
 from test_cli import Terminal, mistake
 from text_models import save_text_model
 
-from causallm import load_model
+from causallm import load_model, logit_blocks
 from causallm.cli import main
 from causallm.perplexity import Perplexity, perplexity, windows
+from causallm.storage.storage import Storage
 
 Captured = pytest.CaptureFixture[str]
 STORIES = Path(__file__).resolve().parents[1] / "res" / "tiny-stories"
@@ -82,13 +83,37 @@ def test_no_token_is_scored_twice_and_none_left_out_but_those_without_context() 
 
 
 def test_only_the_logits_of_scored_tokens_are_computed(checkpoints: Checkpoints) -> None:
-    model, shapes = checkpoints.ours("llama"), []
-    hook = model.register_forward_hook(lambda _, __, logits: shapes.append(logits.shape[1]))
+    assert sizes_of_logits(checkpoints.ours("llama")) == [19, 10, 5]
+
+
+def test_logits_are_computed_some_at_a_time(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = checkpoints.ours("llama"), prompt(1, 35)[0].tolist()
+    whole = perplexity(model, ids, 20, 10)
+    monkeypatch.setattr(logit_blocks, "LOGITS_AT_ONCE", 8 * model.config.vocab_size)
+    assert sizes_of_logits(model) == [8, 8, 3, 8, 2, 5]
+    assert perplexity(model, ids, 20, 10).nats == pytest.approx(whole.nats, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "longrope"])
+def test_windows_in_steps_score_the_same(name: str, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under a memory budget, which is planned for steps of a chunk."""
+    model, ids = checkpoints.ours(name, init_seq_len=7), prompt(1, 50)[0].tolist()
+    whole = perplexity(model, ids, 20, 10)
+    monkeypatch.setattr(model, "storage", Storage())
+    model.storage.positions = model.max_length
+    assert max(sizes_of_logits(model)) == 7
+    assert perplexity(model, ids, 20, 10).nats == pytest.approx(whole.nats, rel=1e-5)
+
+
+def sizes_of_logits(model: Any) -> list[int]:
+    """Positions whose logits are computed at once, in order."""
+    shapes: list[int] = []
+    hook = model.lm_head.register_forward_hook(lambda _, __, logits: shapes.append(len(logits)))
     try:
         perplexity(model, prompt(1, 35)[0].tolist(), 20, 10)
     finally:
         hook.remove()
-    assert shapes == [19, 10, 5]
+    return shapes
 
 
 def test_progress_goes_to_the_end(checkpoints: Checkpoints) -> None:

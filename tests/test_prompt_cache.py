@@ -20,6 +20,7 @@ from causallm.prompt_cache.make import make_prompt_cache
 from causallm.prompt_cache.reuse import ROLLBACK, common_columns, common_prefix
 from causallm.prompt_ids import left_pad
 from causallm.report import Report
+from causallm.storage.storage import Storage
 
 CHUNK = 8
 HELD, WHOLE, NEW = 24, 41, 12
@@ -289,3 +290,70 @@ def test_a_prompt_without_room_is_not_kept(checkpoints: Checkpoints) -> None:
         make_prompt_cache(model, random_rows(65))
     with pytest.raises(ValueError, match="the prompt is empty"):
         make_prompt_cache(model, [[]])
+
+
+def budgeted(checkpoints: Checkpoints, name: str) -> Any:
+    """A model as under a memory budget that was planned for the cache of one row."""
+    model = small(checkpoints, name)
+    model.storage = Storage()
+    model.storage.positions = model.max_length
+    return model
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "mistral"])
+def test_under_a_budget_there_is_one_cache(checkpoints: Checkpoints, tmp_path: Path, name: str) -> None:
+    model, (row, end, other) = budgeted(checkpoints, name), random_rows(HELD, 5, 7)
+    expected = [tokens(model, [prompt])[0] for prompt in (row + end, row + other, other)]
+    for held in (make_prompt_cache(model, [row]), through_file(model, make_prompt_cache(model, [row]), tmp_path / "a")):
+        full = [layer for layer in held.cache if layer.rollback is None]
+        assert all(layer.limit == model.max_length for layer in full)
+        report = Report()
+        assert tokens(model, [row + end], prompt_cache=held, report=report) == expected[:1]
+        assert report.reused_tokens == HELD
+        assert all(layer in held.cache and layer.offset > HELD for layer in full)
+        assert tokens(model, [row + other], prompt_cache=held) == expected[1:2]
+        assert tokens(model, [other], prompt_cache=held) == expected[2:]
+        assert not held.cache
+        assert tokens(model, [row + end], prompt_cache=held) == expected[:1]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_under_a_budget_several_prompts_share_one_cache(checkpoints: Checkpoints, name: str) -> None:
+    model, (row, end, other) = budgeted(checkpoints, name), random_rows(HELD, 5, 7)
+    prompts = [row + end, row + other, row[:20] + other, row + end]
+    expected, held = [tokens(model, [prompt])[0] for prompt in prompts], make_prompt_cache(model, [row])
+    full, report = [layer for layer in held.cache if layer.rollback is None], Report()
+    assert tokens(model, prompts, prompt_cache=held, report=report) == expected
+    assert (report.reused_tokens or 0) >= HELD
+    if name == "llama":
+        assert report.reused_tokens == HELD + HELD + 20 + 20
+        assert held.cache == full
+
+
+def test_under_a_budget_a_cache_of_another_kind_is_moved_layer_by_layer(checkpoints: Checkpoints) -> None:
+    row, end = random_rows(HELD, 5)
+    held, model = make_prompt_cache(small(checkpoints, "llama"), [row]), budgeted(checkpoints, "llama")
+    before, report = list(held.cache), Report()
+    assert tokens(model, [row + end], prompt_cache=held, report=report) == tokens(model, [row + end])
+    assert report.reused_tokens == HELD
+    assert not any(layer in held.cache for layer in before)
+
+
+def test_under_a_budget_more_positions_than_planned_are_refused(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    model, rows = small(checkpoints, "llama"), random_rows(HELD, HELD)
+    made = make_prompt_cache(model, rows)
+    save_prompt_cache(tmp_path / "rows", model, made.cache, made.ids)
+    held = make_prompt_cache(model, rows[:1])
+    save_prompt_cache(tmp_path / "a", model, held.cache, held.ids)
+    model.save_kvcache(tmp_path / "raw", cache=held.cache, nntrainer=True)
+    model = budgeted(checkpoints, "llama")
+    model.max_length = model.storage.positions = HELD
+    assert load_prompt_cache(tmp_path / "a", model).columns == HELD
+    with pytest.raises(ValueError, match="rows holds 24 positions of each row, but the memory was planned for 12"):
+        load_prompt_cache(tmp_path / "rows", model)
+    with pytest.raises(ValueError, match="2 prompts of 24 tokens have no room together in the memory that was planned"):
+        make_prompt_cache(model, rows)
+    model.max_length = model.storage.positions = HELD - 1
+    for name in ("a", "raw"):
+        with pytest.raises(ValueError, match=f"{name} holds 24 positions .* planned for 23; raise max_seq_len"):
+            model.load_kvcache(tmp_path / name, ids=rows[0])

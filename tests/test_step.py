@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from layers import step as steps
 from layers.kv_cache import Columns
 from layers.rope import Rope, inverse_frequencies, rotary_tables
 from layers.step import Mask, Step
@@ -96,6 +97,23 @@ def test_masks_in_both_directions(window: int | None, padded: bool) -> None:
     tokens = torch.arange(12) >= (PADDING[:, None] if padded else torch.zeros(1, 1))
     assert torch.equal(found & tokens[:, None, :, None], expected & tokens[:, None, :, None])
     assert found.any(-1).all()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("block", [1, 50, 100])
+def test_masks_are_made_some_rows_at_a_time(
+    block: int, window: int | None, padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    columns, documents = (range(12),), torch.tensor([[0] * 5 + [1] * 7, [2] * 12, [3] * 2 + [4] * 10])
+    packed = Step(0, 12, torch.float32, torch.device("cpu"), documents=documents).mask(window, columns)
+    whole = make_step(0, 12, padded).mask(window, columns)
+    monkeypatch.setattr(steps, "MASK_BLOCK", block)
+    assert whole.bias is not None
+    assert packed.bias is not None
+    assert torch.equal(whole.bias, make_step(0, 12, padded).mask(window, columns).bias)
+    again = Step(0, 12, torch.float32, torch.device("cpu"), documents=documents).mask(window, columns)
+    assert torch.equal(packed.bias, again.bias)
 
 
 @pytest.mark.parametrize(("window", "columns"), [(None, (range(12),)), (5, (range(10, 12), range(7, 10)))])

@@ -155,7 +155,8 @@ def test_the_plan_as_json(mixture: Path, capsys: pytest.CaptureFixture) -> None:
     content, (plan, _) = plan_json(capsys, mixture, "--memory-budget", memory), planned(mixture, memory)
     assert content["budget_bytes"] == memory >= content["planned_bytes"] == plan.memory
     assert content["planned_bytes"] == sum(line["memory_bytes"] for line in content["lines"])
-    assert content["smallest_budget_bytes"] == plan.smallest
+    assert content["smallest_budget_bytes"] == plan.enough
+    assert plan.smallest < plan.enough
     assert not content["whole"]
     assert 4 <= content["expert_slots"] < 12
     assert content["read_bytes_per_token"] == round(plan.read_per_token)

@@ -67,13 +67,14 @@ def execute(args: argparse.Namespace) -> int:
             raise ValueError("the prompt cache has rows of different lengths, expected rows of one length to measure")
         depths, batches = [held.columns], [len(held.ids)]
     cases = make_cases(prompts, generates, depths, threads, batches, model.max_length)
+    measurements = measure(model, cases, repeat, held)
     bandwidth = _bandwidth(model.device) if any(case.kind == "tg" for case in cases) else None
     about = _describe(Path(args.model).resolve().name, model)
     printer = PRINTERS[args.output](cases, about)
     rows, code = [], 0
     with tqdm(total=len(cases), desc="bench", unit=" tests", disable=None, leave=False) as bar:
         try:
-            for measurement in measure(model, cases, repeat, held):
+            for measurement in measurements:
                 rows.append({**about, **_result(measurement, bandwidth)})
                 bar.clear()
                 printer.row(rows[-1])

@@ -48,7 +48,7 @@ def execute(args: argparse.Namespace) -> int:
         print(json.dumps(_as_json(plan, expected, rates)))
         return 0
     print(*plan.table(), sep="\n")
-    print(f"\nsmallest budget: {plan.enough} for {plan.positions} positions")
+    print(f"\nsmallest budget: {show_bytes(plan.enough)} for {plan.positions} positions")
     if plan.tight:
         print(plan.tight)
     print(*_forecast_lines(plan, expected), sep="\n")
@@ -80,7 +80,7 @@ def _as_json(plan: Plan, expected: Forecast, rates: Rates) -> dict[str, Any]:
     return {
         "budget_bytes": plan.budget,
         "planned_bytes": plan.memory,
-        "smallest_budget_bytes": plan.smallest,
+        "smallest_budget_bytes": plan.enough,
         "whole": plan.whole,
         "lines": [
             {"purpose": line.purpose, "model_bytes": line.model, "memory_bytes": line.memory, "note": line.note}

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from causallm.prompt_cache.fingerprint import fingerprint
-from causallm.prompt_cache.reuse import PromptCache
+from causallm.prompt_cache.reuse import PromptCache, check_room
 from causallm.prompt_ids import left_pad
+from causallm.storage.step_memory import planned_capacity
 from causallm.transformer import Transformer
 from causallm.weights.mapped_file import MappedFile
 from causallm.weights.safetensors_reader import DTYPES, Header, read_header
@@ -76,7 +77,8 @@ def save_prompt_cache(
 def load_prompt_cache(path: Path, model: Transformer, to: int | None = None) -> PromptCache:
     """Read what `save_prompt_cache` wrote, mapped, into caches as `model` makes them; `to`: only so many positions.
 
-    ValueError names the file and what differs: the field of `fingerprint`, the version, a cut or changed file.
+    ValueError names the file and what differs: the field of `fingerprint`, the version, a cut or changed file, more
+    positions than a memory budget was planned for.
     """
     header = read_header(path)
     metadata = header.metadata
@@ -94,6 +96,7 @@ def load_prompt_cache(path: Path, model: Transformer, to: int | None = None) -> 
             )
     mapped = MappedFile(path)
     _check(path, header, mapped)
+    check_room(model, path, len(_tensor(header, mapped, "ids")), int(metadata["positions"]))
     try:
         held = _restored(model, header, mapped)
     except (KeyError, IndexError, ValueError) as error:
@@ -138,6 +141,7 @@ class _States:
 
     def _state_of(self, number: int) -> dict[str, Tensor]:
         if number != self._layer:
+            self._state = {}  # before the next takes memory
             self._layer, self._state = number, self._compute(number)
         return self._state
 
@@ -166,14 +170,13 @@ def _restored(model: Transformer, header: Header, mapped: MappedFile) -> PromptC
     """The caches of a file that has been checked; each layer's part of the mapping is given back when it is copied."""
     ids, padding = (_tensor(header, mapped, name).tolist() for name in ("ids", "padding"))
     positions = int(header.metadata["positions"])
-    caches = model.make_cache(len(ids), rollback=int(header.metadata["rollback"]))
+    caches = model.make_cache(len(ids), planned_capacity(model, len(ids)), int(header.metadata["rollback"]))
     for number, layer in enumerate(caches):
         prefix = f"layers.{number}."
         names = [name for name in header.tensors if name.startswith(prefix)]
         layer.restore({name.removeprefix(prefix): _tensor(header, mapped, name) for name in names}, positions)
         for name in names:
-            begin, end = header.tensors[name]["data_offsets"]
-            mapped.release(header.start + begin, end - begin)
+            _release(header, mapped, name)
     rows = [row[columns:] for row, columns in zip(ids, padding, strict=True)]
     return PromptCache(rows, caches, int(header.metadata["rope_length"]))
 
@@ -183,11 +186,17 @@ def _tensor(header: Header, mapped: MappedFile, name: str) -> Tensor:
     return mapped.tensor(header.start + entry["data_offsets"][0], entry["shape"], DTYPES[entry["dtype"]])
 
 
+def _release(header: Header, mapped: MappedFile, name: str) -> None:
+    begin, end = header.tensors[name]["data_offsets"]
+    mapped.release(header.start + begin, end - begin)
+
+
 def _check(path: Path, header: Header, mapped: MappedFile) -> None:
     """ValueError where the checksum is not that of the content."""
     digest = _begin(header.metadata)
     for name in _content(header):
         _add(digest, name, _tensor(header, mapped, name))
+        _release(header, mapped, name)
     stored = bytes(_tensor(header, mapped, CHECKSUM).tolist()) if CHECKSUM in header.tensors else b""
     if stored != digest.digest():
         raise ValueError(f"{path}: damaged: its checksum is not that of its content; make the cache again")

@@ -4,12 +4,13 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from causallm.generation import DEFAULT_CHUNK, Progress, prefill
+from causallm.generation import Progress, prefill
 from causallm.prompt_cache.file import is_prompt_cache, load_prompt_cache, save_prompt_cache
 from causallm.prompt_cache.nntr_file import read_nntr_cache
 from causallm.prompt_cache.reuse import ROLLBACK, PromptCache, common_prefix
 from causallm.prompt_ids import check_ids, left_pad
 from causallm.report import Report
+from causallm.storage.step_memory import planned_capacity, rows_that_fit, step_tokens
 from causallm.transformer import Transformer
 
 PROBES = ("x", "1")
@@ -28,10 +29,15 @@ def make_prompt_cache(
         if len(row) > model.max_length:
             raise ValueError(f"the prompt has {len(row)} tokens, but the context is {model.max_length} tokens")
     ids, padding = left_pad(rows, model.device)
-    chunk = model.runtime_config.init_seq_len or DEFAULT_CHUNK
+    if rows_that_fit(model, len(rows), ids.shape[1]) < len(rows):
+        raise ValueError(
+            f"{len(rows)} prompts of {ids.shape[1]} tokens have no room together in the memory that was planned for "
+            f"{model.storage.positions} positions; raise batch_size of nntr_config.json"
+        )
+    chunk = step_tokens(model, len(rows))
     # A step of one token at the end would push what lies before a window out for good.
     chunk = next((size for size in range(chunk, 1, -1) if ids.shape[1] % size != 1), chunk)
-    cache = model.make_cache(len(rows), rollback=ROLLBACK)
+    cache = model.make_cache(len(rows), planned_capacity(model, len(rows)), ROLLBACK)
     prefill(model, ids, cache, padding, chunk, on_prefill)
     return PromptCache([list(row) for row in rows], cache, ids.shape[1])
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from causallm.prompt_cache.reuse import PromptCache
+from causallm.prompt_cache.reuse import PromptCache, check_room
+from causallm.storage.step_memory import planned_capacity
 from causallm.transformer import Transformer
 from causallm.weights.atomic_file import atomic_file
 from causallm.weights.mapped_file import MappedFile
@@ -81,7 +82,8 @@ def read_nntr_cache(path: Path, model: Transformer, ids: Sequence[int], to: int 
         rows = mapped.tensor(start + len(BEFORE), [held, width], torch.float16)[:positions]
         return rows.view(1, positions, -1, cfg.head_dim).transpose(1, 2).to(model.device, model.dtype)
 
-    cache = model.make_cache()
+    check_room(model, path, 1, positions)
+    cache = model.make_cache(1, planned_capacity(model))
     for number, layer in enumerate(cache):
         layer.update(read(2 * number), read(2 * number + 1))
     return PromptCache([list(ids[:positions])], cache)

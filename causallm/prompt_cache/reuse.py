@@ -1,11 +1,14 @@
 """What a cache holds, in tokens, and using of it what the next prompt has in common with it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from causallm.prompt_lookup import rotates_alike
+from causallm.storage.step_memory import planned_capacity
 from causallm.transformer import Transformer
 from layers.kv_cache import KVCache
 
@@ -43,6 +46,10 @@ class PromptCache:
             layer.truncate(columns)
         self.ids = [row[: max(columns - padding, 0)] for row, padding in zip(self.ids, self.padding, strict=True)]
 
+    def clear(self) -> None:
+        """Hold nothing more; the caches are not touched, for somebody else may go on with them."""
+        self.cache, self.ids = [], [[] for _ in self.ids]
+
     @torch.inference_mode()
     def reuse(
         self,
@@ -57,18 +64,34 @@ class PromptCache:
         It is the cache held here, cut to that, and so are the ids, for what comes after is the caller's; or a copy,
         where `keep` says so or the cache held has not the `capacity` or `rollback` of `Transformer.make_cache`. Nothing
         is reused, and a new cache given, where rows begin at other columns, a sliding layer cannot go back so far or
-        a rotary kind turns a prompt of the new length otherwise.
+        a rotary kind turns a prompt of the new length otherwise. Under a memory budget, which has no room for two, the
+        cache held here is used up in any case.
         """
-        common = min(common_columns(self.ids, prompts), max(map(len, prompts)) - 1)
+        common, alone = min(common_columns(self.ids, prompts), max(map(len, prompts)) - 1), _alone(model)
         if common <= 0 or not self._serves(model, prompts, common):
+            if alone:
+                self.clear()
             return model.make_cache(len(prompts), capacity, rollback), 0
-        fits = capacity is None and all(
-            layer.limit is None and (layer.rollback is None or layer.rollback >= rollback) for layer in self.cache
-        )
-        if keep or not fits:
-            return self._copy(model, common, capacity, rollback), common
+        fits = all(_fits(layer, capacity, rollback) for layer in self.cache)
+        if not alone and (keep or not fits):
+            copies = list(self._copies(model, capacity, rollback))
+            for layer in copies:
+                layer.truncate(common)
+            return copies, common
+        if not fits:
+            for number, layer in enumerate(self._copies(model, capacity, rollback)):
+                self.cache[number] = layer
+        self.rope_length = self.rope_length or self.columns
         self.truncate(common)
         return self.cache, common
+
+    def states(self, model: Transformer) -> list[dict[str, Tensor]]:
+        """What each layer holds, a copy; under a memory budget the cache held here is used up."""
+        if not _alone(model):
+            return [layer.state() for layer in self.cache]
+        layers = self.cache
+        self.clear()
+        return [layers.pop(0).state() for _ in range(len(layers))]
 
     def _serves(self, model: Transformer, prompts: Sequence[Sequence[int]], columns: int) -> bool:
         ropes = {model.config.rope(layer_id) for layer_id in range(len(model.layers))}
@@ -78,16 +101,36 @@ class PromptCache:
             for padding, prompt in zip(self.padding, prompts, strict=True)
         )
 
-    def _copy(self, model: Transformer, columns: int, capacity: int | None, rollback: int) -> list[KVCache]:
+    def _copies(self, model: Transformer, capacity: int | None, rollback: int) -> Iterator[KVCache]:
         held = self.cache[0].offset
         room = None if capacity is None else max(capacity, held)
-        # What lets the copy go back to `columns` must have room in it.
+        # What lets the copy go back must have room in it.
         back = max(rollback, *(layer.rollback or 0 for layer in self.cache))
-        copies = model.make_cache(len(self.ids), room, back)
-        for layer, copy in zip(self.cache, copies, strict=True):
-            copy.restore(layer.state(back=True), held)
-            copy.truncate(columns)
-        return copies
+        for number, copy in enumerate(model.make_cache(len(self.ids), room, back)):
+            copy.restore(self.cache[number].state(back=True), held)
+            yield copy
+
+
+def check_room(model: Transformer, path: Path, rows: int, columns: int) -> None:
+    """ValueError where a memory budget was planned for fewer positions than a file holds."""
+    room = planned_capacity(model, rows)
+    if room is not None and columns > room:
+        raise ValueError(
+            f"{path} holds {columns} positions of each row, but the memory was planned for {room}; raise max_seq_len "
+            "(--max-length)"
+        )
+
+
+def _alone(model: Transformer) -> bool:
+    """Whether a memory budget has room for one cache only."""
+    return planned_capacity(model) is not None
+
+
+def _fits(layer: KVCache, capacity: int | None, rollback: int) -> bool:
+    """Whether a layer's cache is what `Transformer.make_cache` gives, or has more room."""
+    if layer.rollback is not None:
+        return layer.rollback >= rollback
+    return layer.limit is None if capacity is None else (layer.limit or 0) >= capacity
 
 
 def common_columns(held: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]]) -> int:

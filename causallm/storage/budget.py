@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from causallm.available_memory import available_memory
 from causallm.byte_size import show_bytes
+from causallm.storage.computing import scratch_bytes
 from causallm.storage.inventory import Inventory
 from causallm.storage.layout import Piece
 from causallm.storage.plan import BudgetError, Line, Plan
@@ -65,12 +66,17 @@ def make_plan(model: Transformer, inventory: Inventory) -> Plan:
     shapes = inventory.expert_shapes()
     slot = max((shape.nbytes + MODULE_BYTES for shape in shapes.values()), default=0)
     least = min(2 * config.num_experts_per_tok, inventory.expert_count)
+    rows = runtime.batch_size or 1
+    shape = rows, model.max_length, model.chunk
+    note = f"{model.max_length} positions" + (f", {rows} rows" if rows > 1 else "")
     fixed = [
         Line("program and libraries", 0, program_bytes()),
         Line("norms and other small weights", _of_model(inventory.small.pieces), inventory.small.nbytes),
-        Line(*cache_bytes(model)),
-        Line("activations and logits of a step", 0, step_bytes(model)),
+        Line("cache of keys and values", 0, cache_bytes(model, *shape), note),
+        Line("activations and logits of a step", 0, step_bytes(model, *shape)),
     ]
+    if scratch := scratch_bytes(inventory.pieces.values()):
+        fixed.append(Line("converting weights", 0, scratch))
     taken = sum(line.memory for line in fixed)
     smallest = taken + min(map(sizes.memory, sizes.kinds_of_streaming())) + least * slot
     everything = sum(sizes.units.values()) + inventory.expert_count * slot
@@ -95,13 +101,13 @@ def make_plan(model: Transformer, inventory: Inventory) -> Plan:
         sum(piece.nbytes for piece in inventory.expert_pieces(next(iter(shapes)), 0)) if shapes else 0,
         config.num_experts_per_tok * len(shapes),
         inventory.expert_count,
-        model.max_length * (runtime.batch_size or 1),
+        model.max_length * rows,
         _reads_direct(inventory, choice, slot, budget or 0),
     )
     if budget is not None and budget < smallest:
         raise BudgetError(
-            f"a budget of {show_bytes(budget)} is too small for this model, expected at least {plan.enough} for "
-            f"{plan.positions} positions (a shorter --max-length needs less)",
+            f"a budget of {show_bytes(budget)} is too small for this model, expected at least "
+            f"{show_bytes(plan.enough)} for {plan.positions} positions (a shorter --max-length needs less)",
             plan.table(),
         )
     return plan

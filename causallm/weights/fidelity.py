@@ -10,6 +10,7 @@ from torch import Tensor
 
 from causallm.causal_lm import CausalLM
 from causallm.loading import build_model
+from causallm.logit_blocks import Blocks, choose_blocks, logit_blocks
 from causallm.weights.convert import find_weights
 from causallm.weights.reader import WeightReader
 from layers.kernels.packed_product import expanded
@@ -67,10 +68,16 @@ def _matrices(before: WeightReader, after: WeightReader, name: str) -> Iterator[
 def divergence(before: CausalLM, after: CausalLM, ids: Sequence[int], window: int) -> Divergence:
     """Compare next-token distributions over `ids`, in windows of `window` tokens that know nothing of each other."""
     total, largest, same, count = 0.0, 0.0, 0, 0
+    chosen = [choose_blocks(model) for model in (before, after)]
+    times = [blocks.time for blocks in chosen if blocks.time]
+    # Of both models' logits several copies are held together.
+    blocks = Blocks(min(times, default=None), max(min(blocks.rows for blocks in chosen) // 4, 1))
     for begin in range(0, len(ids), window):
-        part = torch.tensor([list(ids[begin : begin + window])])
-        first, second = (model(part)[0].float().log_softmax(-1) for model in (before, after))
-        kl = (first.exp() * (first - second)).sum(-1)
-        total, largest, count = total + float(kl.sum()), max(largest, float(kl.max())), count + len(kl)
-        same += int((first.argmax(-1) == second.argmax(-1)).sum())
+        part = torch.tensor(ids[begin : begin + window])
+        both = (logit_blocks(model, part, len(part), blocks) for model in (before, after))
+        for pair in zip(*both, strict=True):
+            first, second = (logits.float().log_softmax(-1) for logits in pair)
+            kl = (first.exp() * (first - second)).sum(-1)
+            total, largest, count = total + float(kl.sum()), max(largest, float(kl.max())), count + len(kl)
+            same += int((first.argmax(-1) == second.argmax(-1)).sum())
     return Divergence(total / count, largest, same / count)
