@@ -1,5 +1,6 @@
 """Loading in another dtype gives back what it mapped: peak memory is the model and one tensor more."""
 
+import mmap
 import subprocess
 import sys
 from pathlib import Path
@@ -51,3 +52,13 @@ def test_a_released_range_reads_the_same_again(tmp_path: Path) -> None:
     file.release(8, 8)
     assert torch.equal(file.tensor(0, [5000], torch.float32), before)
     assert torch.equal(before, values)
+
+
+def test_a_system_without_huge_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "bytes"
+    path.write_bytes(bytes(range(256)))
+    for unknown in (10**4, None):
+        monkeypatch.setattr(mmap, "MADV_HUGEPAGE", unknown, raising=False)
+        if unknown is None:
+            monkeypatch.delattr(mmap, "MADV_HUGEPAGE")
+        assert MappedFile(path).tensor(3, [2], torch.uint8).tolist() == [3, 4]
