@@ -4,7 +4,8 @@
     python benchmarks/compare.py qwen3-random --work comparison --rounds 3
 
 Every measurement is a process of its own, and the systems take turns, never two at once. llama.cpp runs with flash
-attention off and on, and the better counts in each row. A folder that is packed already is compared as it is.
+attention off and on, and the better counts in each row. A folder that is packed already is compared as it is. Before
+each measurement its files are read once: what the system before left of them in the cache of files is no difference.
 """
 
 import argparse
@@ -34,6 +35,7 @@ HERE = Path(__file__).parent
 LLAMA, TRANSFORMERS = "llama-cpp", "transformers"
 PEERS = {LLAMA: ("llama_cpp", "llama-cpp-python==0.3.36"), TRANSFORMERS: ("transformers", "transformers")}
 """The module of each peer, and what pip installs it by; llama-cpp-python is built from source."""
+READ_BYTES = 2**24
 LEAST_CORRELATION = 0.9
 """Of first logits after the prompt, ours and a peer's: below this they do not run the same model."""
 
@@ -46,6 +48,7 @@ class Job:
     system: str
     setting: str
     command: tuple[str, ...]
+    weights: Path
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -143,13 +146,16 @@ def make_jobs(model: Model, work: Path, systems: Sequence[str] | dict[str, str],
     for kind in model.types:
         dtype = ("--dtype", FLOATS[kind]) if kind in FLOATS else ()
         torch_worker = (sys.executable, str(HERE / "torch_worker.py"))
-        jobs.append(Job(kind, OURS, "", (*torch_worker, OURS, str(folder_of(model, kind, work)), *dtype)))
+        folder = folder_of(model, kind, work)
+        jobs.append(Job(kind, OURS, "", (*torch_worker, OURS, str(folder), *dtype), folder))
         if LLAMA in systems:
-            command = (llama_python, str(HERE / "llama_cpp_worker.py"), str(gguf_of(model, kind, work)))
+            gguf = gguf_of(model, kind, work)
+            command = (llama_python, str(HERE / "llama_cpp_worker.py"), str(gguf))
             for flash in ("off", "on"):
-                jobs.append(Job(kind, LLAMA, f"fa {flash}", (*command, "--flash-attention", flash)))
+                jobs.append(Job(kind, LLAMA, f"fa {flash}", (*command, "--flash-attention", flash), gguf))
         if TRANSFORMERS in systems and kind in FLOATS:
-            jobs.append(Job(kind, TRANSFORMERS, "", (*torch_worker, TRANSFORMERS, str(model.folder), *dtype)))
+            command = (*torch_worker, TRANSFORMERS, str(model.folder), *dtype)
+            jobs.append(Job(kind, TRANSFORMERS, "", command, model.folder))
     return jobs
 
 
@@ -189,11 +195,20 @@ def measure(
 def run(job: Job, options: Sequence[str], threads: int) -> dict[str, Any]:
     """One worker process; ValueError with its last line where it fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    read_once(job.weights)
     done = subprocess.run([*job.command, *options], capture_output=True, text=True, env=environment)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]
         raise ValueError(f"{' '.join(job.key).strip()} failed: {last}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def read_once(weights: Path) -> None:
+    """Have the system's cache hold the files, as far as it has room."""
+    for path in sorted(weights.iterdir()) if weights.is_dir() else [weights]:
+        with path.open("rb", buffering=0) as file:
+            while file.read(READ_BYTES):
+                pass
 
 
 def disagreements(results: dict[tuple[str, str, str], list[dict[str, Any]]]) -> list[str]:
