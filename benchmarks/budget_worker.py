@@ -11,8 +11,8 @@ import torch
 
 from causallm import load_model
 from causallm.causal_lm import CausalLM
-from causallm.generation import decode_one, prefill
 from causallm.report import memory_kinds, peak_memory
+from causallm.steps import decode_one, prefill
 from causallm.storage.counts import StorageCounts
 from layers.qwen_moe import QwenMoe
 

@@ -26,7 +26,7 @@ def load_causallm(folder: str, dtype: str | None) -> tuple[float, Start]:
     """The seconds of loading, imports apart, and what starts a sequence."""
     from causallm import load_model
     from causallm.allocator import keep_freed_memory
-    from causallm.generation import decode_one, prefill
+    from causallm.steps import decode_one, prefill
 
     keep_freed_memory()  # as the command line does
     begin = time.perf_counter()

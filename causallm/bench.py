@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from causallm.causal_lm import CausalLM
 from causallm.cuda_graphs import graphed
-from causallm.generation import decode_one, prefill
 from causallm.memory_bandwidth import wait_for
 from causallm.packing import packed_tensors
 from causallm.prompt_cache.reuse import PromptCache
+from causallm.steps import decode_one, prefill
 from causallm.storage.step_memory import rows_that_fit, step_tokens
 from causallm.transformer import Transformer
 from causallm.weights.expected import expected_parameters

@@ -8,13 +8,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from causallm.generation import Event, Progress, generate
+from causallm.generation import Event, generate
 from causallm.options import generation_options
 from causallm.prompt_cache.file import is_prompt_cache, load_prompt_cache, save_prompt_cache
 from causallm.prompt_cache.make import head_prompt_cache
 from causallm.prompt_cache.nntr_file import read_nntr_cache, write_nntr_cache
 from causallm.prompt_cache.reuse import PromptCache
 from causallm.report import Report
+from causallm.steps import Progress
 from causallm.storage.storage import HEAD
 from causallm.transformer import Transformer
 from layers.kv_cache import KVCache

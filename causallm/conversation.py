@@ -9,11 +9,12 @@ from typing import Any
 from causallm.causal_lm import CausalLM
 from causallm.config import GenerationConfig
 from causallm.context_window import check_way, fit
-from causallm.generation import Event, Progress, generate
+from causallm.generation import Event, generate
 from causallm.kept_cache import KeptCache
 from causallm.options import generation_options
 from causallm.prompt_cache import PromptCache, load_prompt_cache, save_prompt_cache
 from causallm.report import Report
+from causallm.steps import Progress
 from causallm.storage.step_memory import planned_capacity
 from causallm.tokenizer import Tokenizer
 from causallm.transcript import Message, load_messages, save_messages

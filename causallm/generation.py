@@ -15,15 +15,13 @@ from causallm.prompt_ids import check_ids, fit_prompt, left_pad
 from causallm.prompt_lookup import PromptLookup, rotates_alike
 from causallm.report import Lookup, Report
 from causallm.sampling import make_generators, sample
+from causallm.steps import Progress, decode_draft, decode_one, prefill, take_back
 from causallm.stop_strings import StopStrings
 from causallm.storage.counts import StorageCounts
 from causallm.storage.step_memory import rows_that_fit, step_tokens
 from causallm.stream_decoder import StreamDecoder
 from causallm.transformer import Transformer
 from layers.kv_cache import KVCache
-
-Progress = Callable[[int, int], None]
-"""Called with how much is done and how much there is to do."""
 
 
 @dataclass(frozen=True)
@@ -230,50 +228,6 @@ def _by_lookup(
         with report.timed("generation"):
             take_back(cache, begin + 1 + accepted)
             lookup.learn(len(draft), accepted)
-
-
-@torch.inference_mode()
-def prefill(
-    model: Transformer,
-    ids: Int[Tensor, "batch time"],
-    cache: Sequence[KVCache],
-    padding: Int[Tensor, "batch"] | None,
-    chunk: int,
-    on_chunk: Progress | None = None,
-) -> Float[Tensor, "batch vocab"]:
-    """Put a prompt, or the rest of one, into the cache, `chunk` columns at a time; the logits after its last token."""
-    held, time = cache[0].offset, ids.shape[1]
-    for start in range(0, time, chunk):
-        end = min(start + chunk, time)
-        last = 1 if end == time else 0
-        logits = model(ids[:, start:end], cache, padding=padding, rope_length=held + time, last=last)
-        if on_chunk:
-            on_chunk(held + end, held + time)
-    return logits[:, -1]
-
-
-@torch.inference_mode()
-def decode_one(
-    model: Transformer,
-    tokens: Int[Tensor, "batch"],
-    cache: Sequence[KVCache],
-    padding: Int[Tensor, "batch"] | None,
-) -> Float[Tensor, "batch vocab"]:
-    """Put one token a row into the cache; returns the logits after it."""
-    return model(tokens[:, None], cache, padding=padding, last=1)[:, -1]
-
-
-@torch.inference_mode()
-def decode_draft(model: Transformer, tokens: Sequence[int], cache: Sequence[KVCache]) -> Float[Tensor, "time vocab"]:
-    """Put a token of the only row and the draft of what follows into the cache; returns the logits after each."""
-    return model(torch.tensor([tokens], device=model.device), cache, last=len(tokens))[0]
-
-
-@torch.inference_mode()
-def take_back(cache: Sequence[KVCache], columns: int) -> None:
-    """Forget all but the first `columns` positions; in inference mode, whose tensors nothing else may write to."""
-    for layer in cache:
-        layer.truncate(columns)
 
 
 @torch.inference_mode()

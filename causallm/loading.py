@@ -13,10 +13,10 @@ from causallm.config.fields import DTYPES
 from causallm.factory import Factory
 from causallm.folder_source import FolderSource
 from causallm.garbage import uncollected
-from causallm.generation import Progress
 from causallm.gguf.source import GgufSource, is_gguf
 from causallm.model_source import ModelSource
 from causallm.packing import choose_formats, pack_layers
+from causallm.steps import Progress
 from causallm.storage.attach import attach_storage, plan_storage
 from causallm.storage.resident import read_weights, reads_weights
 from causallm.tokenizer import Tokenizer

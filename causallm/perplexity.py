@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from causallm.causal_lm import CausalLM
-from causallm.generation import Progress
 from causallm.logit_blocks import choose_blocks, logit_blocks
 from causallm.prompt_ids import check_ids
+from causallm.steps import Progress
 from causallm.training.loss import cross_entropy_sum
 from causallm.training.progress import perplexity as exponential
 

@@ -12,7 +12,8 @@ from torch import Tensor
 import causallm.cuda_graphs
 from causallm.config import GenerationConfig
 from causallm.cuda_graphs import GraphDecoder, capture_for, graphed, obstacle
-from causallm.generation import decode_one, generate, prefill
+from causallm.generation import generate
+from causallm.steps import decode_one, prefill
 from layers.kv_cache import KVCache
 
 PADDING = torch.tensor([0, 2, 4])

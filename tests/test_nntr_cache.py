@@ -11,7 +11,8 @@ from conftest import Checkpoints
 from torch import Tensor
 
 from causallm.config import GenerationConfig
-from causallm.generation import generate, prefill
+from causallm.generation import generate
+from causallm.steps import prefill
 
 TIME = 21
 ROW = torch.randint(97, (TIME,), generator=torch.Generator().manual_seed(3)).tolist()

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from causallm import load_model
 from causallm.config import GenerationConfig
-from causallm.generation import generate, prefill
+from causallm.generation import generate
 from causallm.prompt_cache import PromptCache, load_prompt_cache, save_prompt_cache
 from causallm.prompt_cache.make import make_prompt_cache
 from causallm.prompt_cache.reuse import ROLLBACK, common_columns, common_prefix
 from causallm.prompt_ids import left_pad
 from causallm.report import Report
+from causallm.steps import prefill
 from causallm.storage.storage import Storage
 
 CHUNK = 8

@@ -9,11 +9,11 @@ import torch
 from tqdm import tqdm
 
 from causallm.byte_size import parse_bytes
-from causallm.generation import Progress
 from causallm.hub import resolve_model
 from causallm.loading import load_model
 from causallm.plugin import load_plugin
 from causallm.report import Report
+from causallm.steps import Progress
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:

@@ -4,12 +4,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from causallm.generation import Progress, prefill
 from causallm.prompt_cache.file import is_prompt_cache, load_prompt_cache, save_prompt_cache
 from causallm.prompt_cache.nntr_file import read_nntr_cache
 from causallm.prompt_cache.reuse import ROLLBACK, PromptCache, common_prefix
 from causallm.prompt_ids import check_ids, left_pad
 from causallm.report import Report
+from causallm.steps import Progress, prefill
 from causallm.storage.step_memory import planned_capacity, rows_that_fit, step_tokens
 from causallm.transformer import Transformer
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from causallm.generation import Progress
 from causallm.packing import packed_tensors
+from causallm.steps import Progress
 from causallm.storage.budget import make_plan
 from causallm.storage.computing import Computing
 from causallm.storage.disk import Disk

@@ -6,7 +6,7 @@ they are. The price is the time to read them, and memory that is not shared with
 
 import torch
 
-from causallm.generation import Progress
+from causallm.steps import Progress
 from causallm.storage.attach import load_layouts
 from causallm.storage.computing import Computing
 from causallm.storage.disk import Disk
