@@ -1,7 +1,7 @@
 """Time to the first token of a conversation's second turn: cache kept, all computed anew, and beside transformers.
 
-    python tools/make_random_model.py qwen3-0.6b -o /tmp/qwen3-0.6b
-    python benchmarks/second_turn.py /tmp/qwen3-0.6b
+    python tools/make_random_model.py qwen3-0.6b -o qwen3-random
+    python benchmarks/second_turn.py qwen3-random
 
 All three work on the same tokens, in one process, in turns; medians of the rounds after one that warms up. Ours is what
 a user waits for: rendering, tokenizing, prefill and the choice of a token. transformers is its forward pass alone, with
