@@ -99,10 +99,7 @@ static inline struct NAME(quad) NAME(quad_at)(const struct vector *x, long block
         const long blocks = columns / 32, ahead = NAME(distance)(row);                                      \
         long block = 0;                                                                                     \
         for (; block + 4 <= blocks; block += 4, p += 4 * BYTES, q += 4 * BYTES, r += 4 * BYTES, s += 4 * BYTES) {      \
-            for (long part = ahead; part < ahead + 4 * BYTES; part += 64) {                                 \
-                __builtin_prefetch(p + part, 0, 0), __builtin_prefetch(q + part, 0, 0);                     \
-                __builtin_prefetch(r + part, 0, 0), __builtin_prefetch(s + part, 0, 0);                     \
-            }                                                                                               \
+            NAME(fetch)(row[0] + ahead, 4 * BYTES * block, 4 * BYTES * (block + 4));                        \
             const struct NAME(quad) quad = NAME(quad_at)(x, block, zero_code);                              \
             a = NAME(add_##KIND)(a, p, &quad), b = NAME(add_##KIND)(b, q, &quad);                           \
             c = NAME(add_##KIND)(c, r, &quad), d = NAME(add_##KIND)(d, s, &quad);                           \
@@ -141,7 +138,7 @@ static inline struct NAME(quad) NAME(quad_at)(const struct vector *x, long block
                 memset(rest, 0, sizeof rest);                                                               \
                 for (int r = 0; r < 4; r++) at[r] = memcpy(rest[r], at[r], BYTES * (blocks - block));       \
             }                                                                                               \
-            for (long part = BYTES * block; part < BYTES * (block + 4); part += 64) NAME(fetch)(row, ahead + part);    \
+            NAME(fetch)(row[0] + ahead, 4 * BYTES * block, 4 * BYTES * (block + 4));                        \
             struct NAME(quad) quads[4];                                                                     \
             for (int t = 0; t < 4; t++) quads[t] = NAME(quad_at)(x + t, block, zero_code);                  \
             ONE_ROW(KIND, BYTES, 0) ONE_ROW(KIND, BYTES, 1) ONE_ROW(KIND, BYTES, 2) ONE_ROW(KIND, BYTES, 3) \
@@ -184,7 +181,7 @@ static void NAME(rows_q4_k)(const uint8_t *const row[4], long columns, const str
             const __m512i odd = _mm512_inserti64x4(c, _mm512_extracti64x4_epi64(a, 1), 0);
             const __m512i first = _mm512_inserti64x4(_mm512_set1_epi32(4 * half), _mm256_set1_epi32(4 * half + 2), 1);
             const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(1));
-            for (int at = 72 * half; at < 72 * half + 72; at += 64) NAME(fetch)(row, ahead + 144 * b + at);
+            NAME(fetch)(row[0] + ahead, 4 * (144 * b + 72 * half), 4 * (144 * b + 72 * half + 72));
             for (int r = 0; r < 4; r++) {
                 const __m512i bytes = _mm512_loadu_si512(row[r] + 144 * b + 16 + 64 * half);
                 const __m512i evens = _mm512_dpbusd_epi32(zero, _mm512_and_si512(bytes, low), even);
@@ -219,7 +216,7 @@ static void NAME(rows_q6_k)(const uint8_t *const row[4], long columns, const str
             const __m512i offset = _mm512_sub_epi32(zero, _mm512_dpbusd_epi32(zero, middle, a));
             const float *scales = x->scales + 8 * b + 2 * chunk;
             const __m512 xs = NAME(both)(scales[0], scales[1]);
-            NAME(fetch)(row, ahead + 210 * b + 53 * chunk);
+            NAME(fetch)(row[0] + ahead, 4 * (210 * b + 53 * chunk), 4 * (210 * b + 53 * chunk + 53));
             const __m512i by = chunk & 1 ? _mm512_add_epi16(shift, _mm512_set1_epi16(4)) : shift;
             for (int r = 0; r < 4; r++) {
                 const uint8_t *p = row[r] + 210 * b;

@@ -39,7 +39,7 @@ static inline __m256i NAME(pairs_q8_0)(const uint8_t *p, __m256i q, __m256i zero
         __m256 a = _mm256_setzero_ps(), b = a, c = a, d = a;                                                \
         const long blocks = columns / 32, ahead = NAME(distance)(row);                                      \
         for (long first = 0; first < blocks; first += 4) {                                                  \
-            for (long at = BYTES * first; at < BYTES * (first + 4); at += 64) NAME(fetch)(row, ahead + at); \
+            NAME(fetch)(row[0] + ahead, 4 * BYTES * first, 4 * BYTES * (first + 4));                        \
             for (long block = first; block < blocks && block < first + 4; block++) {                        \
                 const __m256i q = NAME(bytes32)(x->q + 32 * block);                                         \
                 const __m256i zero = _mm256_maddubs_epi16(_mm256_set1_epi8(ZERO), q);                       \
@@ -133,7 +133,7 @@ static inline __m256 NAME(add_q6_k)(__m256 sum, const uint8_t *p, const struct N
         const long ahead = NAME(distance)(row);                                                             \
         for (long block = 0; block < columns / 256; block++) {                                              \
             const long at = BYTES * block;                                                                  \
-            for (long part = 0; part < BYTES; part += 64) NAME(fetch)(row, ahead + at + part);              \
+            NAME(fetch)(row[0] + ahead, 4 * at, 4 * (at + BYTES));                                          \
             struct NAME(activations) here = {x->q + 256 * block, x->scales + 8 * block, x->sums + 8 * block, {{0}}};   \
             NAME(prepare_##KIND)(&here);                                                                  \
             a = NAME(add_##KIND)(a, row[0] + at, &here), b = NAME(add_##KIND)(b, row[1] + at, &here);   \

@@ -95,7 +95,7 @@ static inline float32x4_t NAME(add_q6_k)(float32x4_t sum, const uint8_t *p, cons
         const long ahead = NAME(distance)(row);                                                             \
         for (long block = 0; block < columns / VALUES; block++) {                                           \
             const long at = BYTES * block;                                                                  \
-            for (long part = 0; part < BYTES; part += 64) NAME(fetch)(row, ahead + at + part);              \
+            NAME(fetch)(row[0] + ahead, 4 * at, 4 * (at + BYTES));                                          \
             a = NAME(add_##KIND)(a, row[0] + at, x, block), b = NAME(add_##KIND)(b, row[1] + at, x, block); \
             c = NAME(add_##KIND)(c, row[2] + at, x, block), d = NAME(add_##KIND)(d, row[3] + at, x, block); \
         }                                                                                                   \
