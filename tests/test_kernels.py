@@ -1,5 +1,7 @@
 """The native kernels against their torch twins, for every kind of processor that this one can act as."""
 
+import shutil
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from layers.packed import PackedEmbedding, PackedLinear
 from layers.step import Mask
 
 LEVELS = (native.PLAIN, native.AVX2, native.AVX512)
+COMPILER = (sysconfig.get_config_var("CC") or "none").split()[0]
 needs_kernels = pytest.mark.skipif(native.library() is None, reason="no native kernels were built")
 
 
@@ -31,6 +34,12 @@ def _level(request: pytest.FixtureRequest):
         pytest.skip(f"not {' or '.join(names)}")
     yield
     native.choose(native.AVX512)
+
+
+@pytest.mark.skipif(not shutil.which(COMPILER), reason="there is no C compiler")
+def test_they_are_there_where_there_is_a_compiler() -> None:
+    """Without them all other tests here are skipped, and the package installs although its C does not compile."""
+    assert native.library() is not None
 
 
 def close(found: Tensor, expected: Tensor, tolerance: float) -> None:

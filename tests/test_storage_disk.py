@@ -227,6 +227,8 @@ def test_a_closed_disk_refuses(path: Path) -> None:
     disk.close()
     with pytest.raises(RuntimeError, match="closed"):
         disk.read([Span(path, 0, PAGE, 0)], Pages(PAGE))
+    with pytest.raises(RuntimeError, match="closed"):
+        disk.read_now(path, 0, Pages(PAGE).view(0, PAGE))
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="the system does not tell which files are open")

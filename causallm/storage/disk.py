@@ -121,12 +121,16 @@ class Disk:
 
     def read_now(self, path: Path, offset: int, target: memoryview) -> None:
         """Read in the calling thread; place, size and target are whole pages."""
+        self._check_open()
         self._read(self._files[path], offset, target)
 
     def _ask(self, works: Sequence[Work], priority: int) -> Ticket:
+        self._check_open()
+        return self._background.ask(works, priority)
+
+    def _check_open(self) -> None:
         if not self._end.alive:
             raise RuntimeError("the model's files are closed, so that it cannot run any more: load it again")
-        return self._background.ask(works, priority)
 
     def _reading(self, span: Span, target: memoryview) -> Work:
         return lambda: self._read(self._files[span.path], span.offset, target)
