@@ -98,10 +98,9 @@ def measure(
     model: CausalLM, cases: Sequence[Case], repeat: int, held: PromptCache | None = None
 ) -> Iterator[Measurement]:
     """Yields the measurement of each case: one run that warms up, then `repeat` that count. Tokens are random, the
-    seed fixed; those in the cache before a case begins are `held`, of its depth and batch and without
-    padding, or random as well. Sets
-    torch's number of threads, and puts it back at the end. ValueError at once for rows that a memory budget has no room
-    for; under one `held` is used up.
+    seed fixed; those in the cache before a case begins are `held`, of its depth and batch and without padding, or
+    random as well. Sets torch's number of threads, and puts it back at the end. ValueError at once for rows that a
+    memory budget has no room for; under one `held` is used up.
     """
     for case in cases:
         _check_room(model, case)

@@ -71,8 +71,8 @@ class WeightReader(ABC):
 
     @abstractmethod
     def fetch_with(self, fetch: Fetch) -> None:
-        """From now on `part` has what it needs of the files from `fetch`, which is a mapping otherwise: one of a file
-        that has become shorter must not be touched."""
+        """From now on `part` has what it needs of the files for a part of `parts`, or for rows, from `fetch`; else from
+        a mapping, and that of a file which has become shorter must not be touched."""
 
     def part(self, name: str, index: Index) -> Tensor:
         """`tensor(name)[index]`; a reader that must compute a tensor computes no more than the part."""
