@@ -248,7 +248,7 @@ static void NAME(rows_q6_k)(const uint8_t *const row[4], long columns, const str
             for (long b = 0; b < columns / VALUES; b++) {                                                   \
                 int8_t values[VALUES];                                                                      \
                 float scales[VALUES / 16], minimums[VALUES / 32] = {0};                                     \
-                integers_##KIND(row[r] + BYTES * b, values, scales, minimums);                              \
+                NAME(integers_##KIND)(row[r] + BYTES * b, values, scales, minimums);                              \
                 for (int part = 0; part < VALUES / 32; part++) {                                            \
                     const int8_t *q = x->q + VALUES * b + 32 * part;                                        \
                     int32_t dots[2] = {0, 0};                                                      \

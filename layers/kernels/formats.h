@@ -1,5 +1,5 @@
-/* The stored numbers: fp16 and bf16, and the blocks of ggml-common.h (block_q8_0, block_q4_0, block_q4_K, block_q6_K)
-   as integers under scales. */
+/* The stored numbers: fp16 and bf16, and the sizes of the blocks of ggml-common.h (block_q8_0, block_q4_0, block_q4_K,
+   block_q6_K). */
 
 static inline float half_to_float(uint16_t half) {
     const uint32_t sign = (uint32_t)(half & 0x8000) << 16, rest = half & 0x7FFF;
@@ -62,48 +62,6 @@ static inline void unpack_scales(const uint8_t *packed, uint8_t *unpacked) {
         unpacked[4 + i] = (uint8_t)((packed[8 + i] & 15) | (packed[i] >> 6 << 4));
         unpacked[12 + i] = (uint8_t)((packed[8 + i] >> 4) | (packed[4 + i] >> 6 << 4));
     }
-}
-
-/* A block as integers: value = scale * integer - minimum. */
-static void integers_q8_0(const uint8_t *block, int8_t *values, float *scales, float *minimums) {
-    scales[0] = scales[1] = half_at(block);
-    memcpy(values, block + 2, 32);
-    (void)minimums;
-}
-
-static void integers_q4_0(const uint8_t *block, int8_t *values, float *scales, float *minimums) {
-    scales[0] = scales[1] = half_at(block);
-    for (int i = 0; i < 16; i++) {
-        values[i] = (int8_t)((block[2 + i] & 15) - 8);
-        values[16 + i] = (int8_t)((block[2 + i] >> 4) - 8);
-    }
-    (void)minimums;
-}
-
-static void integers_q4_k(const uint8_t *block, int8_t *values, float *scales, float *minimums) {
-    const float d = half_at(block), dmin = half_at(block + 2);
-    uint8_t bits[16];
-    unpack_scales(block + 4, bits);
-    for (int part = 0; part < 8; part++) {
-        scales[2 * part] = scales[2 * part + 1] = d * bits[part];
-        minimums[part] = dmin * bits[8 + part];
-        const uint8_t *bytes = block + 16 + 32 * (part / 2);
-        for (int i = 0; i < 32; i++) values[32 * part + i] = (int8_t)(part & 1 ? bytes[i] >> 4 : bytes[i] & 15);
-    }
-}
-
-static void integers_q6_k(const uint8_t *block, int8_t *values, float *scales, float *minimums) {
-    const float d = half_at(block + 208);
-    for (int part = 0; part < 16; part++) scales[part] = d * (int8_t)block[192 + part];
-    for (int chunk = 0; chunk < 4; chunk++) {
-        const uint8_t *low = block + 64 * (chunk / 2), *high = block + 128 + 32 * (chunk / 2);
-        for (int i = 0; i < 64; i++) {
-            const int nibble = chunk & 1 ? low[i] >> 4 : low[i] & 15;
-            const int top = high[i % 32] >> (4 * (chunk & 1) + 2 * (i / 32)) & 3;
-            values[64 * chunk + i] = (int8_t)((nibble | top << 4) - 32);
-        }
-    }
-    (void)minimums;
 }
 
 static const struct format FORMATS[KINDS] = {

@@ -135,6 +135,7 @@ FLOAT_ROWS(f32, 4, scalar_f32)
 FLOAT_ROWS(bf16, 2, scalar_bf16)
 FLOAT_ROWS(f16, 2, scalar_f16)
 
+#include "integers.h"
 #include "block_rows.h"
 
 #include "expand.h"
