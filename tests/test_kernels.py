@@ -58,7 +58,7 @@ def packed_weight(kind: str, rows: int, columns: int) -> Tensor:
 def test_packed_product_is_its_twin(kind: str, rows: int, blocks: int) -> None:
     columns = blocks * BLOCK_FORMATS[kind].values
     weight = packed_weight(kind, rows, columns)
-    for tokens in (1, 3, 9):
+    for tokens in (1, 3, 9, 24, 29):
         x = torch.randn(tokens, columns)
         x[0, :32] = 0
         close(native.linear(x, weight, kind), packed_product_twin(x, weight, kind), 2e-6)
@@ -68,13 +68,15 @@ def test_packed_product_is_its_twin(kind: str, rows: int, blocks: int) -> None:
 @pytest.mark.usefixtures("_level")
 @pytest.mark.parametrize("kind", BLOCK_FORMATS)
 @pytest.mark.parametrize("code", [0x00, 0x0F, 0x70, 0x7F, 0x80, 0xFF])
-def test_extreme_codes_and_activations_do_not_saturate(kind: str, code: int) -> None:
+@pytest.mark.parametrize("copies", [1, 7])
+def test_extreme_codes_and_activations_do_not_saturate(kind: str, code: int, copies: int) -> None:
     block = BLOCK_FORMATS[kind]
     packed = torch.full((5, 7, block.nbytes), code, dtype=torch.uint8)
     packed[..., block.halves] = torch.rand(5, 7, packed[..., block.halves].shape[-1] // 2).half().view(torch.uint8)
     weight = packed.flatten(1)
     # Rounded, these are 127 and -127 alone: all of one sign, then mixed.
     x = torch.stack([torch.ones(7 * block.values), -torch.ones(7 * block.values), torch.randn(7 * block.values).sign()])
+    x = x.repeat(copies, 1)
     wide = block.unpack(weight).double()
     expected, magnitude = rounded(x).double() @ wide.T, x.abs().double() @ wide.abs().T
     assert ((native.linear(x, weight, kind) - expected).abs() <= 2e-6 * magnitude).all()
@@ -152,6 +154,27 @@ def test_few_and_many_rows_agree(kind: str, dtype: torch.dtype) -> None:
     close(few.float(), exact[:3], 0.02)
 
 
+@needs_kernels
+@pytest.mark.usefixtures("_level")
+@pytest.mark.parametrize("kind", BLOCK_FORMATS)
+@pytest.mark.parametrize("dtype", native.FLOATS)
+@pytest.mark.parametrize("tokens", [5, 40])
+def test_a_product_is_rounded_once_to_the_dtype_of_the_rows(kind: str, dtype: torch.dtype, tokens: int) -> None:
+    weight, x = packed_weight(kind, 50, 512), torch.randn(tokens, 512).to(dtype)
+    found = native.linear(x, weight, kind)
+    assert found.dtype == dtype
+    assert torch.equal(found, native.linear(x.float(), weight, kind).to(dtype))
+
+
+@needs_kernels
+@pytest.mark.usefixtures("_level")
+@pytest.mark.parametrize("kind", BLOCK_FORMATS)
+def test_up_to_eight_rows_get_the_bits_of_one(kind: str) -> None:
+    weight, x = packed_weight(kind, 50, 512), torch.randn(8, 512)
+    alone = torch.cat([native.linear(row[None], weight, kind) for row in x])
+    assert torch.equal(native.linear(x, weight, kind), alone)
+
+
 @pytest.mark.parametrize("kind", BLOCK_FORMATS)
 def test_without_kernels_torch_serves(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, x = packed_weight(kind, 50, 512), torch.randn(2, 3, 512)
@@ -225,9 +248,11 @@ def test_a_float_weight_of_another_width_is_torchs_error() -> None:
 @pytest.mark.usefixtures("_level")
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("kind", BLOCK_FORMATS)
-def test_what_is_no_number_stays_none(kind: str, value: float) -> None:
-    x = torch.randn(2, 512)
+@pytest.mark.parametrize("rows", [2, 20])
+def test_what_is_no_number_stays_none(kind: str, value: float, rows: int) -> None:
+    x = torch.randn(rows, 512)
     x[1, 300] = value
     product = packed_product(x, packed_weight(kind, 5, 512), kind)
-    assert product[0].isfinite().all()
     assert not product[1].isfinite().any()
+    product[1] = 0
+    assert product.isfinite().all()

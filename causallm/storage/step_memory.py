@@ -36,7 +36,7 @@ def step_bytes(model: Transformer, rows: int, columns: int, chunk: int) -> int:
     """An upper estimate of what a step of `chunk` tokens of each row computes with, at the end of `columns` positions.
 
     Vectors between the layers, the scores of some queries, masks, the cache in the activations' dtype, one packed
-    matrix expanded to bf16, and logits.
+    matrix expanded to bf16 (with kernels for many rows less: some of it as int8, and the rows), and logits.
     """
     config, itemsize, chunk = model.config, model.dtype.itemsize, min(chunk, columns)
     dim, heads = config.hidden_size, config.num_attention_heads

@@ -3,7 +3,8 @@
 #define MOST_CHOSEN 64
 #define MOST_TOKENS 8
 #define MOST_PAIRS (MOST_TOKENS * MOST_CHOSEN)
-#define PIECE_ROWS 64
+#define WEIGHED_ROWS 64
+#define OUTPUTS (MOST_PAIRS * 64) /* that a thread keeps until it has those of all experts */
 
 /* The chosen experts of one token by softmax over all scores, best first, and their weights. */
 static void choose_experts(const struct moe_half *half, const float *scores, int *chosen, float *weights) {
@@ -55,20 +56,16 @@ static void pair_up(const struct moe_half *half, const int *chosen, int count, s
     }
 }
 
-/* Some rows, at most PIECE_ROWS, of what experts gave, that at one place `stride` after that at the one before. */
+/* Some rows of what experts gave, that at one place `stride` after that at the one before. */
 struct piece {
     float *outputs;
     long stride, begin, end;
 };
 
-static struct piece piece_of(float *outputs, long stride, long row, long dim) {
-    return (struct piece){outputs, stride, row, dim - row < PIECE_ROWS ? dim : row + PIECE_ROWS};
-}
-
 /* Add + sum over a token's experts of weight * output. It is one function for all callers, so that these round alike. */
 static __attribute__((noinline)) void weigh(int chosen, const float *weights, const int *places, struct piece piece,
                                             const float *add, float *result) {
-    float total[PIECE_ROWS];
+    float total[WEIGHED_ROWS];
     const long count = piece.end - piece.begin;
     for (long i = 0; i < count; i++) total[i] = add ? add[piece.begin + i] : 0;
     for (int j = 0; j < chosen; j++)
@@ -83,24 +80,30 @@ static void weigh_all(const struct shared *shared, const struct pairs *pairs, co
     for (long t = 0; t < tokens->batch * tokens->time; t++) {
         const float *add = writes ? (const float *)tokens->x + t * tokens->dim : 0;
         float *result = (writes ? (float *)tokens->out : shared->sum) + t * tokens->dim;
-        weigh(chosen, weights + t * chosen, pairs->place + t * chosen, piece, add, result);
+        for (struct piece few = piece; few.begin < piece.end; few.begin += WEIGHED_ROWS, few.outputs += WEIGHED_ROWS) {
+            few.end = piece.end - few.begin < WEIGHED_ROWS ? piece.end : few.begin + WEIGHED_ROWS;
+            weigh(chosen, weights + t * chosen, pairs->place + t * chosen, few, add, result);
+        }
     }
 }
 
 /* A thread's share of gate and up of the experts in memory; those at one place are a row of `gates`. */
 static void multiply_up(struct shared *shared, const struct pairs *pairs, const struct vector *x, float *gates, int threads) {
     const long hidden = shared->half->moe.hidden, matrices = shared->half->moe.activation == CLAMPED ? 1 : 2;
-    const long rows = 2 * hidden / matrices, grain = grain_of(2 * hidden * pairs->count, threads), pieces = (rows + grain - 1) / grain;
-    for (long unit; (unit = atomic_fetch_add(&shared->next[UPS], 1)) < pairs->count * matrices * pieces;) {
-        const struct group *group = pairs->groups + unit / pieces / matrices;
-        const long which = unit / pieces % matrices, row = unit % pieces * grain;
-        struct vector vectors[MOST_TOKENS];
-        for (long i = 0; i < group->count; i++) vectors[i] = x[pairs->token[group->first + i]];
-        const struct product product = {.columns = shared->tokens.dim, .tokens = group->count};
-        const struct matrix matrix =
-            matrix_of(group->expert->first + which, gates + 2 * hidden * group->first + which * hidden, 2 * hidden, 0);
-        multiply_rows(&product, &matrix, vectors, row, row + grain < rows ? row + grain : rows);
-    }
+    const long rows = 2 * hidden / matrices, groups = groups_of(rows);
+    for (long begin, end; take_piece(&shared->next[UPS], pairs->count * matrices * groups, threads, &begin, &end);)
+        for (long next; begin < end; begin = next) {
+            const long unit = begin / groups, which = unit % matrices, last = (unit + 1) * groups;
+            const struct group *group = pairs->groups + unit / matrices;
+            next = end < last ? end : last;
+            struct vector vectors[MOST_TOKENS];
+            for (long i = 0; i < group->count; i++) vectors[i] = x[pairs->token[group->first + i]];
+            const struct product product = {.columns = shared->tokens.dim, .tokens = group->count};
+            const struct matrix matrix =
+                matrix_of(group->expert->first + which, gates + 2 * hidden * group->first + which * hidden, 2 * hidden, 0);
+            const long after = 4 * (next - unit * groups);
+            multiply_rows(&product, &matrix, vectors, 4 * (begin - unit * groups), after < rows ? after : rows);
+        }
 }
 
 /* What the down projections of the experts in memory take, to `own->vectors` by their places. */
@@ -133,17 +136,20 @@ static void use_experts(struct shared *shared, struct team *team, const struct o
                         const float *weights) {
     const struct moe_half *half = &shared->half->moe;
     const long count = shared->tokens.batch * shared->tokens.time, dim = shared->tokens.dim;
-    float *gates = shared->projected + count * half->count, outputs[MOST_PAIRS * PIECE_ROWS];
+    float *gates = shared->projected + count * half->count, outputs[OUTPUTS];
+    const long most = OUTPUTS / (count * half->chosen);
     struct pairs pairs;
     pair_up(half, chosen, (int)count * half->chosen, &pairs);
     multiply_up(shared, &pairs, own->vectors, gates, team->size);
     wait_for_all(team);
     activate(half, &pairs, gates, own);
-    for (long row; (row = atomic_fetch_add(&shared->next[DOWNS], PIECE_ROWS)) < dim;) {
-        const struct piece piece = weights ? piece_of(outputs, PIECE_ROWS, row, dim) : piece_of(half->outputs + row, dim, row, dim);
-        multiply_down(half, &pairs, own->vectors, piece);
-        if (weights) weigh_all(shared, &pairs, weights, piece);
-    }
+    for (long begin, end; take_piece(&shared->next[DOWNS], groups_of(dim), team->size, &begin, &end);)
+        for (long row = 4 * begin, last = 4 * end < dim ? 4 * end : dim, next; row < last; row = next) {
+            next = last - row < most ? last : row + most;
+            const struct piece piece = weights ? (struct piece){outputs, most, row, next} : (struct piece){half->outputs + row, dim, row, next};
+            multiply_down(half, &pairs, own->vectors, piece);
+            if (weights) weigh_all(shared, &pairs, weights, piece);
+        }
 }
 
 /* Which experts the tokens choose, and their weights. */
@@ -187,8 +193,7 @@ static void take_step(enum step step, struct shared *shared, struct team *team, 
         struct pairs pairs;
         pair_up(half, half->used, (int)count * half->chosen, &pairs);
         processor->widen(tokens->kind, tokens->x, count * dim, own->x);
-        for (long row = 0; row < dim; row += PIECE_ROWS)
-            weigh_all(shared, &pairs, half->weights, piece_of(half->outputs + row, dim, row, dim));
+        weigh_all(shared, &pairs, half->weights, (struct piece){half->outputs, dim, 0, dim});
         if (!writes_result(tokens, &half->post_norm)) finish(&half->post_norm, shared, own, team);
     }
 }

@@ -38,20 +38,11 @@ struct own {
 
 static long larger(long a, long b) { return a > b ? a : b; }
 
-/* Value `index` of an array of floats of some kind. */
-static void *item(void *array, int kind, long index) { return (char *)array + index * (kind == F32 ? 4 : 2); }
-
 #define MORE_VECTORS 64 /* for each token: those of its experts, each rounded up by itself */
 
 static long scratch_bytes(long tokens, long widest, long scores) {
     return tokens * (vector_bytes(widest) + MORE_VECTORS * vector_bytes(1) + 2 * sizeof(float) * widest)
            + sizeof(float) * (widest + scores) + 512;
-}
-
-static void *aligned(char **at, long bytes) {
-    char *start = (char *)(((uintptr_t)*at + 63) & ~(uintptr_t)63);
-    *at = start + bytes;
-    return start;
 }
 
 static struct own own_memory(char *at, long tokens, long widest) {

@@ -67,6 +67,50 @@ static inline float NAME(sum)(V16 v) {
 #endif
 }
 
+#if VNNI512
+
+static inline float NAME(magnitude)(V16 first, V16 second) {
+    return _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps((__m512)first), _mm512_abs_ps((__m512)second)));
+}
+
+static inline int32_t NAME(rounded)(V16 first, V16 second, float inverse, int8_t *q) {
+    const __m512i a = _mm512_cvtps_epi32((__m512)(first * inverse)), b = _mm512_cvtps_epi32((__m512)(second * inverse));
+    _mm_storeu_si128((__m128i *)q, _mm512_cvtepi32_epi8(a));
+    _mm_storeu_si128((__m128i *)(q + 16), _mm512_cvtepi32_epi8(b));
+    return _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
+}
+
+#else
+
+static inline float NAME(magnitude)(V16 first, V16 second) {
+    float largest = 0;
+    for (int i = 0; i < 16; i++) {
+        const float a = fabsf(first[i]), b = fabsf(second[i]);
+        largest = largest > a ? largest : a;
+        largest = largest > b ? largest : b;
+    }
+    return largest;
+}
+
+/* 32 values times `inverse` as integers, and their sum. */
+static inline int32_t NAME(rounded)(V16 first, V16 second, float inverse, int8_t *q) {
+    float products[32];
+    *(V16 *)products = first * inverse, *(V16 *)(products + 16) = second * inverse;
+    __asm__("" : "+m"(products)); /* or compilers fuse product and sum, and halves are rounded as something else */
+    int32_t total = 0;
+    for (int i = 0; i < 32; i++) {
+        /* Adding 1.5 * 2^23 rounds to an integer as the processor rounds: half to even. */
+        const float shifted = products[i] + 12582912.0f;
+        uint32_t bits;
+        memcpy(&bits, &shifted, 4);
+        q[i] = (int8_t)(bits - 0x4B400000u);
+        total += q[i];
+    }
+    return total;
+}
+
+#endif
+
 /* Activations to int8, one scale per 32 values: scale = max |x| / 127, q = round(x / scale), half to even; `sums` are
    scale * (sum of q). What follows up to a whole `QUANTIZED` is zero. */
 static void NAME(quantize)(const float *x, long columns, int8_t *q, float *scales, float *sums) {
@@ -77,24 +121,9 @@ static void NAME(quantize)(const float *x, long columns, int8_t *q, float *scale
         const V16 first = NAME(load_f32)(x + 32 * block), second = NAME(load_f32)(x + 32 * block + 16);
         /* Zero, or not a number where a value is none: no rounding may hide that. */
         const float poison = NAME(sum)(first * 0.0f + second * 0.0f);
-        float largest = 0;
-        for (int i = 0; i < 16; i++) {
-            const float a = fabsf(first[i]), b = fabsf(second[i]);
-            largest = largest > a ? largest : a;
-            largest = largest > b ? largest : b;
-        }
-        const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+        const float largest = NAME(magnitude)(first, second), inverse = largest > 0 ? 127.0f / largest : 0.0f;
         scales[block] = largest / 127.0f + poison;
-        int32_t total = 0;
-        for (int i = 0; i < 32; i++) {
-            /* Adding 1.5 * 2^23 rounds to an integer as the processor rounds: half to even. */
-            const float shifted = x[32 * block + i] * inverse + 12582912.0f;
-            uint32_t bits;
-            memcpy(&bits, &shifted, 4);
-            q[32 * block + i] = (int8_t)(bits - 0x4B400000u);
-            total += q[32 * block + i];
-        }
-        sums[block] = scales[block] * (float)total;
+        sums[block] = scales[block] * (float)NAME(rounded)(first, second, inverse, q + 32 * block);
     }
 }
 
@@ -138,6 +167,9 @@ FLOAT_ROWS(f16, 2, scalar_f16)
 #include "integers.h"
 #include "block_rows.h"
 
+#if VNNI512
+#include "panels.h"
+#endif
 #include "expand.h"
 #include "elementwise.h"
 #include "attend.h"
@@ -154,8 +186,12 @@ static const struct processor NAME(processor) = {
     {NAME(rows_f32), NAME(rows_bf16), NAME(rows_f16), NAME(rows_q8_0), NAME(rows_q4_0), NAME(rows_q4_k), NAME(rows_q6_k)},
 #if VNNI512
     {[Q8_0] = NAME(tile_q8_0), [Q4_0] = NAME(tile_q4_0)},
+    NAME(panel),
+    NAME(by_panel),
 #else
     {0},
+    0,
+    0,
 #endif
     {NAME(attend_f32), NAME(attend_bf16), NAME(attend_f16)},
 };

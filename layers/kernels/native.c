@@ -48,8 +48,17 @@ struct product {
     int count;
     long columns, tokens;
     atomic_long next;
-    long grain;
+    int threads;
 };
+
+/* Value `index` of an array of floats of some kind. */
+static void *item(void *array, int kind, long index) { return (char *)array + index * (kind == F32 ? 4 : 2); }
+
+static void *aligned(char **at, long bytes) {
+    char *start = (char *)(((uintptr_t)*at + 63) & ~(uintptr_t)63);
+    *at = start + bytes;
+    return start;
+}
 
 static long row_bytes(int kind, long columns) {
     if (kind == F32) return 4 * columns;
@@ -87,29 +96,36 @@ static void multiply_rows(const struct product *job, const struct matrix *m, con
     }
 }
 
-/* A thread's share of out[token][row] = sum over columns of weight[row] * x[token], of several matrices. */
-static void multiply(struct product *job, const struct vector *vectors) {
-    for (;;) {
-        long at = atomic_fetch_add(&job->next, job->grain);
-        int which = 0;
-        while (which < job->count && at >= (job->matrices[which].rows + job->grain - 1) / job->grain * job->grain)
-            at -= (job->matrices[which].rows + job->grain - 1) / job->grain * job->grain, which++;
-        if (which == job->count) return;
-        const long rows = job->matrices[which].rows, end = at + job->grain;
-        multiply_rows(job, job->matrices + which, vectors, at, end < rows ? end : rows);
-    }
+/* Rows are multiplied four at a time. */
+static long groups_of(long rows) { return (rows + 3) / 4; }
+
+/* The next piece of so many groups for a thread, false where there is none. Each begins with nearly all of its share, for
+   where a piece begins nothing has been fetched ahead, and where it ends too much; small ones, two for each, are left to
+   those that are done first. */
+static int take_piece(atomic_long *next, long groups, int threads, long *begin, long *end) {
+    const long share = groups * 49 / 50 / threads, small = (groups - share * threads) / (2 * threads), grain = small < 2 ? 2 : small;
+    const long piece = atomic_fetch_add(next, 1), later = piece - threads;
+    *begin = later < 0 ? piece * share : threads * share + later * grain;
+    *end = *begin + (later < 0 ? share : grain);
+    if (*end > groups) *end = groups;
+    return *begin < groups;
 }
 
-/* Rows that a thread takes at once: enough pieces that a slow thread leaves little behind, each a multiple of four rows. */
-static long grain_of(long rows, int threads) {
-    const long grain = rows / (8 * threads) / 4 * 4;
-    return grain < 8 ? 8 : grain > 256 ? 256 : grain;
+/* A thread's share of out[token][row] = sum over columns of weight[row] * x[token], of several matrices one after the
+   other. */
+static void multiply(struct product *job, const struct vector *vectors) {
+    long groups = 0;
+    for (int i = 0; i < job->count; i++) groups += groups_of(job->matrices[i].rows);
+    for (long begin, end; take_piece(&job->next, groups, job->threads, &begin, &end);)
+        for (const struct matrix *m = job->matrices; m < job->matrices + job->count; m++) {
+            const long here = groups_of(m->rows), last = end < here ? end : here;
+            if (begin < last) multiply_rows(job, m, vectors, begin < 0 ? 0 : 4 * begin, 4 * last < m->rows ? 4 * last : m->rows);
+            begin -= here, end -= here;
+        }
 }
 
 static struct product product_of(const struct matrix *matrices, int count, long columns, long tokens, int threads) {
-    long rows = 0;
-    for (int i = 0; i < count; i++) rows += matrices[i].rows;
-    return (struct product){matrices, count, columns, tokens, 0, grain_of(rows, threads)};
+    return (struct product){matrices, count, columns, tokens, 0, threads};
 }
 
 /* Memory that a row takes: its description, int8 values, scales and sums. */
@@ -137,18 +153,40 @@ static void multiply_linear(void *argument) {
     multiply(&job->product, job->vectors);
 }
 
-/* out[token][row] = sum over columns of weight[row] * x[token]. Returns 0, or -1 where memory is short. */
-EXPORT int causallm_linear(int kind, const void *weight, long rows, long columns, const float *x, long tokens, float *out,
-                           int threads) {
+#include "many_vectors.h"
+
+/* Tokens from which on making panels takes less time than it saves: measured, 3072 x 1024 on two cores (Zen 5). More than
+   FEW_TOKENS of halves.py, up to which a token gets the same bits as alone. */
+static const long MANY[KINDS] = {[Q8_0] = 14, [Q4_0] = 14, [Q4_K] = 9, [Q6_K] = 9};
+
+/* fp32 x times a matrix, row by row of it. */
+static int few_rows(const struct matrix *matrix, const float *x, long columns, long tokens, int threads) {
     char *memory = malloc(tokens * vector_bytes(columns));
     if (!memory) return -1;
     struct vector *vectors = (struct vector *)memory;
-    prepare(vectors, (char *)(vectors + tokens), x, tokens, columns, kind > F16);
-    const struct matrix matrix = {.weight = weight, .out = out, .rows = rows, .kind = kind, .stride = rows};
-    struct linear job = {product_of(&matrix, 1, columns, tokens, threads), vectors};
+    prepare(vectors, (char *)(vectors + tokens), x, tokens, columns, matrix->kind > F16);
+    struct linear job = {product_of(matrix, 1, columns, tokens, threads), vectors};
     run(multiply_linear, &job, threads);
     free(memory);
     return 0;
+}
+
+/* out[token][row] = sum over columns of weight[row] * x[token]; x and out are of one kind. Returns 0, or -1 where memory
+   is short. */
+EXPORT int causallm_linear(int kind, const void *weight, long rows, long columns, const void *x, int x_kind, long tokens,
+                           void *out, int threads) {
+    const struct matrix matrix = {.weight = weight, .out = out, .rows = rows, .kind = kind, .stride = rows};
+    if (kind > F16 && processor->panel && tokens >= MANY[kind]) return many_rows(&matrix, x, x_kind, columns, tokens, out, threads);
+    if (x_kind == F32) return few_rows(&matrix, x, columns, tokens, threads);
+    float *wide = malloc(sizeof(float) * tokens * (columns + rows));
+    if (!wide) return -1;
+    struct matrix to_wide = matrix;
+    to_wide.out = wide + tokens * columns;
+    processor->widen(x_kind, x, tokens * columns, wide);
+    const int failed = few_rows(&to_wide, wide, columns, tokens, threads);
+    if (!failed) processor->narrow(x_kind, to_wide.out, tokens * rows, out);
+    free(wide);
+    return failed;
 }
 
 struct expansion {

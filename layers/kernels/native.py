@@ -20,8 +20,12 @@ TEAM = ("GOMP_parallel", "omp_get_num_threads")
 Address, Size = ctypes.c_void_p, ctypes.c_long
 SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "causallm_choose": (ctypes.c_char_p, [ctypes.c_int]),
+    "causallm_has_panels": (ctypes.c_int, []),
     "causallm_threads_with": (None, [Address, Address]),
-    "causallm_linear": (ctypes.c_int, [ctypes.c_int, Address, Size, Size, Address, Size, Address, ctypes.c_int]),
+    "causallm_linear": (
+        ctypes.c_int,
+        [ctypes.c_int, Address, Size, Size, Address, ctypes.c_int, Size, Address, ctypes.c_int],
+    ),
     "causallm_expand": (None, [ctypes.c_int, Address, Size, Size, Address, Address, ctypes.c_int]),
     "causallm_attend": (ctypes.c_int, [Address, ctypes.c_int, ctypes.c_int]),
     "causallm_halves": (ctypes.c_int, [Address, ctypes.c_int, Address, ctypes.c_int]),
@@ -64,6 +68,11 @@ def choose(level: int) -> str:
     if loaded is None:
         return "torch"
     return loaded.causallm_choose(level).decode()
+
+
+def has_panels() -> bool:
+    """Whether there are kernels that multiply packed weights with many rows, faster than torch does expanded ones."""
+    return (loaded := library()) is not None and bool(loaded.causallm_has_panels())
 
 
 def run_halves(halves: ctypes.Array, tokens: ctypes.Structure) -> None:
@@ -132,7 +141,7 @@ def _team() -> tuple[int, int] | None:
 
 
 def linear(rows: Tensor, weight: Tensor, kind: str) -> Tensor:
-    """rows (tokens, columns) fp32 times a packed or float weight, transposed: (tokens, out_features) fp32."""
+    """rows (tokens, columns) times a packed or float weight, transposed: (tokens, out_features), of a dtype in FLOATS."""
     loaded = _loaded()
     tokens, columns = rows.shape
     rows, out = rows.contiguous(), rows.new_empty(tokens, weight.shape[0])
@@ -142,6 +151,7 @@ def linear(rows: Tensor, weight: Tensor, kind: str) -> Tensor:
         weight.shape[0],
         columns,
         rows.data_ptr(),
+        KINDS[FLOATS[rows.dtype]],
         tokens,
         out.data_ptr(),
         torch.get_num_threads(),

@@ -16,9 +16,9 @@ from layers.kernels.many_rows import in_eights
 from layers.precision import multiplies_bf16_fast
 
 FEW_ROWS = {"Q8_0": 48, "Q4_0": 48, "Q4_K": 20, "Q6_K": 20}
-"""Rows up to which the native product is the faster; beyond, expanding the weight costs less than it saves.
-
-Measured on two cores with AVX-512, 3072 x 1024; us, native / expanded, Q4_0: 51/383 for one row, 622/652 for 48."""
+"""Rows up to which the native product is the faster where processors have no `panels.h`; beyond, expanding the weight
+costs less than it saves. Measured on two cores, 3072 x 1024; us, native / expanded, Q4_0: 51/383 for one row, 622/652
+for 48."""
 
 FEW_ROWS_CUDA = 16
 """The same for Triton's product on a GPU. Reckoned, not measured: a row costs it some four instructions a weight, an
@@ -31,8 +31,9 @@ def packed_product(
 ) -> Float[Tensor, "*rows out_features"]:
     """x W^T for a weight in one of `BLOCK_FORMATS`, in x's dtype.
 
-    On a CPU up to `FEW_ROWS` rows are rounded to int8, one scale for 32 values, as llama.cpp does; sums are in fp32.
-    More rows and the weight are multiplied in bf16 where the processor does that fast. On a GPU up to `FEW_ROWS_CUDA`
+    On a CPU rows are rounded to int8, one scale for 32 values, as llama.cpp does; sums are in fp32. Without AVX-512 VNNI
+    that holds for up to `FEW_ROWS` rows; more, and the weight, are multiplied in bf16 where the processor does that
+    fast. On a GPU up to `FEW_ROWS_CUDA`
     rows are multiplied as they are, with sums in fp32, by Triton where it is installed; with more, fp32 activations and
     the weight are rounded to bf16 where the GPU has that (others multiply in their own dtype). Elsewhere, and where x
     needs a gradient, the weight is expanded to x's dtype. ValueError where the shapes do not fit.
@@ -54,13 +55,13 @@ def _product(x: Tensor, weight: Tensor, kind: str) -> Tensor:
 
 
 def _product_on_cpu(rows: Tensor, weight: Tensor, kind: str) -> Tensor:
-    if len(rows) > FEW_ROWS[kind]:
+    if len(rows) > FEW_ROWS[kind] and not native.has_panels():
         wide = torch.bfloat16 if multiplies_bf16_fast() else rows.dtype
         floats = expanded(weight, kind, wide)
         return in_eights(lambda many: functional.linear(many, floats), rows.to(wide)).to(rows.dtype)
     if native.library() is None:
         return packed_product_twin(rows, weight, kind).to(rows.dtype)
-    return native.linear(rows.float(), weight, kind).to(rows.dtype)
+    return native.linear(rows if rows.dtype in native.FLOATS else rows.float(), weight, kind).to(rows.dtype)
 
 
 def _product_elsewhere(rows: Tensor, weight: Tensor, kind: str) -> Tensor:

@@ -9,6 +9,15 @@ struct vector {
     const float *scales, *sums;
 };
 
+/* Many of them: values as int8 plus 128, `stride` of them in a vector, a scale and a sum for 32. */
+struct many_vectors {
+    const uint8_t *q;
+    const float *scales, *sums;
+    long stride;
+};
+
+#define VECTORS 6 /* that are multiplied at once with a panel of 32 rows */
+
 #define QUANTIZED 128 /* values that the kernels take at once */
 static inline long quantized(long columns) { return (columns + QUANTIZED - 1) / QUANTIZED * QUANTIZED; }
 
@@ -42,6 +51,10 @@ struct processor {
     void (*rows[KINDS])(const uint8_t *const row[4], long columns, const struct vector *x, float *out);
     /* The same for four vectors, out[vector][row]; null where it would be no faster. */
     void (*tiles[KINDS])(const uint8_t *const row[4], long columns, const struct vector *x, float *out);
+    /* 32 rows of packed weights as a panel, and a panel times VECTORS vectors, out[vector][row]; null where it would be
+       no faster. */
+    void (*panel)(int kind, const uint8_t *weight, long bytes, int count, long columns, char *panel);
+    void (*by_panel)(int kind, const char *panel, long columns, const struct many_vectors *x, long first, float *out);
     void (*attend[3])(const struct attention *, long row, int kv_head, int first, int heads, float *scores);
 };
 
@@ -132,3 +145,6 @@ EXPORT const char *causallm_choose(int level) {
 #endif
     return processor->label;
 }
+
+/* Whether those chosen multiply packed weights with many rows as well as with few. */
+EXPORT int causallm_has_panels(void) { return processor->panel != 0; }
