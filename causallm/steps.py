@@ -22,8 +22,13 @@ def prefill(
     chunk: int,
     on_chunk: Progress | None = None,
 ) -> Float[Tensor, "batch vocab"]:
-    """Put a prompt, or the rest of one, into the cache, `chunk` columns at a time; the logits after its last token."""
+    """Put a prompt, or the rest of one, into the cache, `chunk` columns at a time; the logits after its last token.
+
+    The cache gets its memory before the first chunk: between what a chunk computes with, it would be torn to pieces.
+    """
     held, time = cache[0].offset, ids.shape[1]
+    for layer in cache:
+        layer.reserve(held + time)
     for start in range(0, time, chunk):
         end = min(start + chunk, time)
         last = 1 if end == time else 0

@@ -59,6 +59,10 @@ class Int8KVCache(KVCache):
         self.offset = self._codes.offset
         return (key_codes * key_scales).to(keys.dtype), (value_codes * value_scales).to(values.dtype), columns
 
+    def reserve(self, columns: int) -> None:
+        self._codes.reserve(columns)
+        self._scales.reserve(columns)
+
     def takes(self, time: int) -> bool:
         """Never: nobody else may write into it."""
         return False

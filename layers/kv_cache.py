@@ -86,7 +86,7 @@ class KVCache:
     def claim(self, time: int) -> Room:
         """Count `time` new columns, which the caller writes, as seen."""
         start, end = self.offset, self.offset + time
-        self._reserve(end)
+        self.reserve(end)
         self.offset = end
         return Room(self._keys, self._values, end, start, (range(end),))
 
@@ -94,7 +94,8 @@ class KVCache:
         """Undo a `claim` of `time` columns; the same ones must come again at once."""
         self.offset -= time
 
-    def _reserve(self, columns: int) -> None:
+    def reserve(self, columns: int) -> None:
+        """Have memory for `columns` columns, where it may hold so many, and what it holds now stays."""
         if columns <= self._keys.shape[2]:
             return
         # A quarter more than needed: appending costs a constant amount on average and wastes little.
@@ -159,6 +160,6 @@ class StaticKVCache(KVCache):
     def takes(self, time: int) -> bool:
         return self.offset + time <= self._keys.shape[2]
 
-    def _reserve(self, columns: int) -> None:
+    def reserve(self, columns: int) -> None:
         if columns > self._keys.shape[2]:
             raise ValueError(f"the cache holds {self._keys.shape[2]} positions, but {columns} are needed")

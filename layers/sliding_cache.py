@@ -52,7 +52,7 @@ class SlidingKVCache(KVCache):
         # Nothing aside until all is done: an interruption in between leaves a cache that knows it cannot go back.
         self._aside = None
         self.offset += time
-        self._reserve(self.window)
+        self.reserve(self.window)
         self._store(keys[:, :, -self.window :], values[:, :, -self.window :], self.offset - self.window)
         if self.rollback:
             self._keep_aside(*before)
@@ -65,7 +65,7 @@ class SlidingKVCache(KVCache):
         if time != 1:
             return super().claim(time)
         slot = self.offset % self.window
-        self._reserve(min(self.offset + 1, self.window))
+        self.reserve(self.offset + 1)
         self.offset += 1
         self._aside = None
         held = self._held(self.offset)
@@ -75,8 +75,8 @@ class SlidingKVCache(KVCache):
             columns += (range(lap - self.window + slot + 1, lap - self.window + held),)
         return Room(self._keys, self._values, held, slot, columns)
 
-    def _reserve(self, columns: int) -> None:
-        if columns > self._keys.shape[2]:
+    def reserve(self, columns: int) -> None:
+        if min(columns, self.window) > self._keys.shape[2]:
             capacity = min(-(-(columns + columns // 4) // self.step) * self.step, self.window)
             self._keys, self._values = (self._grown(held, capacity) for held in (self._keys, self._values))
 

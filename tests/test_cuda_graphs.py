@@ -114,7 +114,7 @@ def test_slots_not_used_yet_are_not_seen_whatever_lies_there(checkpoints: Any) -
     model, ids = checkpoints.ours("gemma3"), prompt()
     cache = model.make_cache(2, TIME)
     for layer in cache:
-        layer._reserve(min(TIME, layer.limit or 8))
+        layer.reserve(min(TIME, layer.limit or 8))
         for held in (layer._keys, layer._values):
             held.fill_(torch.nan)
     prefill(model, ids[:, :3], cache, None, 16)

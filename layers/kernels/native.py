@@ -141,7 +141,7 @@ def _team() -> tuple[int, int] | None:
 
 
 def linear(rows: Tensor, weight: Tensor, kind: str) -> Tensor:
-    """rows (tokens, columns) times a packed or float weight, transposed: (tokens, out_features), of a dtype in FLOATS."""
+    """rows (tokens, columns) of a dtype in FLOATS times W^T, packed or float: (tokens, out_features) of that dtype."""
     loaded = _loaded()
     tokens, columns = rows.shape
     rows, out = rows.contiguous(), rows.new_empty(tokens, weight.shape[0])

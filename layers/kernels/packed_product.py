@@ -31,12 +31,12 @@ def packed_product(
 ) -> Float[Tensor, "*rows out_features"]:
     """x W^T for a weight in one of `BLOCK_FORMATS`, in x's dtype.
 
-    On a CPU rows are rounded to int8, one scale for 32 values, as llama.cpp does; sums are in fp32. Without AVX-512 VNNI
-    that holds for up to `FEW_ROWS` rows; more, and the weight, are multiplied in bf16 where the processor does that
-    fast. On a GPU up to `FEW_ROWS_CUDA`
-    rows are multiplied as they are, with sums in fp32, by Triton where it is installed; with more, fp32 activations and
-    the weight are rounded to bf16 where the GPU has that (others multiply in their own dtype). Elsewhere, and where x
-    needs a gradient, the weight is expanded to x's dtype. ValueError where the shapes do not fit.
+    On a CPU rows are rounded to int8, one scale for 32 values, as llama.cpp does; sums are in fp32. Without AVX-512
+    VNNI that holds for up to `FEW_ROWS` rows; more, and the weight, are multiplied in bf16 where the processor does
+    that fast. On a GPU up to `FEW_ROWS_CUDA` rows are multiplied as they are, with sums in fp32, by Triton where it is
+    installed; with more, fp32 activations and the weight are rounded to bf16 where the GPU has that (others multiply in
+    their own dtype). Elsewhere, and where x needs a gradient, the weight is expanded to x's dtype.
+    ValueError where the shapes do not fit.
     """
     if BLOCK_FORMATS[kind].row_bytes(x.shape[-1]) != weight.shape[1]:
         held = BLOCK_FORMATS[kind].row_values(weight.shape[1])
