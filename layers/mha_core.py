@@ -77,8 +77,11 @@ def attend(
         with torch.autocast(device, enabled=False):
             return attend(query, key, value, mask, scale, score_softcap, sinks)
     if attends_natively(query, key, value):
-        bias = None if mask.bias is None else mask.bias[:, 0, 0].float()
         wide = None if sinks is None else sinks.float()
+        if query.shape[2] > 1:
+            bias = None if mask.plain or mask.bias is None else mask.bias[:, 0]
+            return native.attend_many(query, key, value, bias, mask.causal_time, wide, scale, score_softcap)
+        bias = None if mask.bias is None else mask.bias[:, 0, 0].float()
         return native.attend(query.float(), key, value, bias, wide, scale, score_softcap).to(query.dtype)
     key, value = key.to(query.dtype), value.to(query.dtype)
     if score_softcap is None and sinks is None:
@@ -101,18 +104,18 @@ def attend(
 
 
 def attends_natively(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether the native kernel serves: one token on a CPU, no gradient, a cache of floats in whole vectors."""
+    """Whether a native kernel serves: on a CPU, no gradient, a cache of floats in whole vectors."""
     return (
-        query.shape[2] == 1
-        and query.device.type == "cpu"
+        query.device.type == "cpu"
         and key.dtype in native.FLOATS
         and value.dtype == key.dtype
-        and query.dtype != torch.float64
+        and query.dtype in native.FLOATS
         and key.shape[3] % 16 == 0
         and key.stride(3) == value.stride(3) == 1
         and not (torch.is_grad_enabled() and query.requires_grad)
         and not torch.compiler.is_compiling()
-        and native.library() is not None
+        and (native.library() is not None if query.shape[2] == 1 else native.attends_many())
+        and query.shape[1] <= native.MANY_HEADS * key.shape[1]
     )
 
 

@@ -15,9 +15,9 @@ from layers.kernels import native
 from layers.kernels.block_formats import BLOCK_FORMATS
 from layers.kernels.packed_product import FEW_ROWS, expanded, packed_product, packed_product_twin, rounded
 from layers.linear import FullyConnected, project
-from layers.mha_core import attend
+from layers.mha_core import attend, attends_natively
 from layers.packed import PackedEmbedding, PackedLinear
-from layers.step import Mask
+from layers.step import Step
 
 LEVELS = (native.PLAIN, native.AVX2, native.AVX512)
 COMPILER = (sysconfig.get_config_var("CC") or "none").split()[0]
@@ -118,11 +118,101 @@ def test_attention_of_one_token_is_its_definition(
     sinks = torch.randn(heads) if with_sinks else None
     bias = torch.zeros(2, 33).masked_fill_(torch.rand(2, 33) < 0.3, -torch.inf) if masked else None
     found = native.attend(query, key, value, bias, sinks, 0.2, softcap)
-    mask = Mask() if bias is None else Mask(bias[:, None, None])
-    # Twice the same token, so that the explicit scores are asked and not the kernel.
-    twice = torch.cat((query, query), 2)
-    expected = attend(twice, key.float(), value.float(), mask, 0.2, softcap, sinks)[:, :, :1]
-    torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-6)
+    expected = defined(query, key, value, None if bias is None else bias[:, None, None], sinks, 0.2, softcap)
+    torch.testing.assert_close(found.double(), expected, rtol=2e-5, atol=2e-6)
+
+
+def defined(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """Attention in float64, each head by itself."""
+    group = query.shape[1] // key.shape[1]
+    key, value = (part.double().repeat_interleave(group, 1) for part in (key, value))
+    scores = query.double() @ key.transpose(2, 3) * scale
+    if softcap:
+        scores = softcap * (scores / softcap).tanh()
+    if bias is not None:
+        scores = scores + bias.double()
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.double().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)), -1)
+    return scores.softmax(-1)[..., : key.shape[2]] @ value
+
+
+needs_many = pytest.mark.skipif(not native.attends_many(), reason="no kernel for the attention of many tokens")
+
+
+@needs_many
+@pytest.mark.parametrize(
+    ("dtype", "cache"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)],
+)
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("padding", [None, [0, 30]])
+@pytest.mark.parametrize("extras", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 16), (6, 2, 80), (32, 1, 64)])
+@pytest.mark.parametrize(("time", "past"), [(2, 2), (33, 33), (50, 131), (100, 128)])
+def test_attention_of_many_tokens_is_its_definition(
+    dtype: torch.dtype,
+    cache: torch.dtype,
+    window: int | None,
+    padding: list[int] | None,
+    extras: bool,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    time: int,
+    past: int,
+) -> None:
+    held = torch.randn(2, 2, kv_heads, past + 7, head_dim).to(cache)
+    held[:, :, :, past:] = torch.nan
+    key, value = held[0, :, :, :past], held[1, :, :, :past]
+    query = torch.randn(2, heads, time, head_dim).to(dtype)
+    softcap, sinks = (2.0, torch.randn(heads)) if extras else (None, None)
+    rows = None if padding is None else torch.tensor(padding)
+    mask = Step(past - time, time, dtype, torch.device("cpu"), padding=rows).mask(window, (range(past),))
+    assert attends_natively(query, key, value)
+    found = attend(query, key, value, mask, 0.2, softcap, sinks)
+    expected = defined(query, key, value, mask.bias, sinks, 0.2, softcap)
+    assert found.dtype == dtype
+    tolerance = {torch.float32: 3e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@needs_many
+def test_a_token_gets_the_same_bits_whatever_is_computed_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    key, value = torch.randn(2, 3, 2, 200, 32)
+    query = torch.randn(3, 8, 150, 32)
+
+    def part(begin: int, end: int, rows: slice = slice(None)) -> Tensor:
+        past = 50 + end
+        of_rows = query[rows, :, begin:end], key[rows, :, :past], value[rows, :, :past]
+        return native.attend_many(*of_rows, None, end - begin, None, 0.2, None)
+
+    whole = part(0, 150)
+    assert torch.equal(torch.cat([part(0, 2), part(2, 67), part(67, 150)], 2), whole)
+    assert torch.equal(torch.cat([part(0, 150, slice(row, row + 1)) for row in range(3)]), whole)
+    for threads in (1, 3, 16):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert torch.equal(part(0, 150), whole)
+
+
+@needs_many
+def test_torch_attends_where_the_kernel_for_many_tokens_does_not() -> None:
+    sizes = {"kernel": (8, 2, 32), "width": (8, 2, 24), "heads": (97, 1, 16)}
+    served = {
+        name: attends_natively(torch.randn(1, h, 5, d), *torch.randn(2, 1, kv, 9, d))
+        for name, (h, kv, d) in sizes.items()
+    }
+    assert served == {"kernel": True, "width": False, "heads": False}
+    query, held = torch.randn(1, 8, 5, 32), torch.randn(1, 2, 9, 32)
+    assert not attends_natively(query.double(), held.double(), held.double())
+    assert not attends_natively(query.requires_grad_(), held, held)
 
 
 @needs_kernels

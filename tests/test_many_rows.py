@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from layers import linear
+from layers.kernels import native
 from layers.kernels.many_rows import in_eights
 from layers.packed import PackedLinear
 
@@ -38,6 +39,7 @@ def test_layers_ask_for_multiples_of_eight(kind: str, monkeypatch: pytest.Monkey
 
     weight = torch.randn(6, 64)
     if kind == "Q8_0":
+        monkeypatch.setattr(native, "has_panels", lambda: False)
         layer = PackedLinear.from_float(weight, None, kind)
         dtype = torch.float32
     else:

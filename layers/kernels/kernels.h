@@ -173,6 +173,9 @@ FLOAT_ROWS(f16, 2, scalar_f16)
 #include "expand.h"
 #include "elementwise.h"
 #include "attend.h"
+#if VNNI512
+#include "attend_many.h"
+#endif
 
 static const struct processor NAME(processor) = {
     LABEL,
@@ -194,6 +197,11 @@ static const struct processor NAME(processor) = {
     0,
 #endif
     {NAME(attend_f32), NAME(attend_bf16), NAME(attend_f16)},
+#if VNNI512
+    NAME(attend_many),
+#else
+    0,
+#endif
 };
 
 #undef V16

@@ -15,6 +15,8 @@ KINDS = {"F32": 0, "BF16": 1, "F16": 2, "Q8_0": 3, "Q4_0": 4, "Q4_K": 5, "Q6_K":
 FLOATS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 PLAIN, AVX2, AVX512 = 0, 1, 2
 ROUTE, USE, SUM = 1, 2, 3
+MANY_HEADS = 96
+"""Query heads for one of keys and values, at most (MANY_ROWS of processors.h)."""
 TEAM = ("GOMP_parallel", "omp_get_num_threads")
 
 Address, Size = ctypes.c_void_p, ctypes.c_long
@@ -28,6 +30,8 @@ SIGNATURES: dict[str, tuple[object, list[object]]] = {
     ),
     "causallm_expand": (None, [ctypes.c_int, Address, Size, Size, Address, Address, ctypes.c_int]),
     "causallm_attend": (ctypes.c_int, [Address, ctypes.c_int, ctypes.c_int]),
+    "causallm_attends_many": (ctypes.c_int, []),
+    "causallm_attend_many": (ctypes.c_int, [Address, ctypes.c_int]),
     "causallm_halves": (ctypes.c_int, [Address, ctypes.c_int, Address, ctypes.c_int]),
     "causallm_mixture": (ctypes.c_int, [ctypes.c_int, Address, Address, ctypes.c_int]),
     "causallm_normalise": (
@@ -73,6 +77,11 @@ def choose(level: int) -> str:
 def has_panels() -> bool:
     """Whether there are kernels that multiply packed weights with many rows, faster than torch does expanded ones."""
     return (loaded := library()) is not None and bool(loaded.causallm_has_panels())
+
+
+def attends_many() -> bool:
+    """Whether there is a kernel for the attention of many tokens, faster than torch's operators."""
+    return (loaded := library()) is not None and bool(loaded.causallm_attends_many())
 
 
 def run_halves(halves: ctypes.Array, tokens: ctypes.Structure) -> None:
@@ -223,3 +232,63 @@ def attend(
     if loaded.causallm_attend(ctypes.byref(arguments), KINDS[FLOATS[key.dtype]], torch.get_num_threads()):
         raise MemoryError(f"no memory for attention over {key.shape[2]} positions")
     return out
+
+
+class ManyAttentionArguments(ctypes.Structure):
+    """struct many_attention of processors.h."""
+
+    _fields_ = [
+        *((name, Address) for name in ("query", "keys", "values", "bias", "sinks", "out")),
+        *((name, Size) for name in "past key_row key_head key_step value_row value_head value_step".split()),
+        *((name, Size) for name in ("bias_row", "causal_time", "time")),
+        *((name, ctypes.c_int) for name in "kind cache_kind bias_kind batch heads kv_heads head_dim".split()),
+        *((name, ctypes.c_float) for name in ("scale", "softcap")),
+    ]
+
+
+def attend_many(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    causal_time: int,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """Attention of many tokens: query (batch, heads, time, head_dim) over (batch, kv_heads, past, head_dim).
+
+    bias is (batch or 1, time, past), sinks (heads) fp32; of the last `causal_time` keys a token sees its own and those
+    before it. Keys and values are contiguous in their last dimension. Returns (batch, heads, time, head_dim) in query's
+    dtype.
+    """
+    batch, heads, time, head_dim = query.shape
+    query = query.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    out = query.new_empty(batch, time, heads, head_dim)
+    arguments = ManyAttentionArguments(
+        query.data_ptr(),
+        key.data_ptr(),
+        value.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        None if sinks is None else sinks.data_ptr(),
+        out.data_ptr(),
+        key.shape[2],
+        *key.stride()[:3],
+        *value.stride()[:3],
+        0 if bias is None or bias.shape[0] == 1 else bias.stride(0),
+        causal_time,
+        time,
+        KINDS[FLOATS[query.dtype]],
+        KINDS[FLOATS[key.dtype]],
+        0 if bias is None else KINDS[FLOATS[bias.dtype]],
+        batch,
+        heads,
+        key.shape[1],
+        head_dim,
+        scale,
+        softcap or 0.0,
+    )
+    if _loaded().causallm_attend_many(ctypes.byref(arguments), torch.get_num_threads()):
+        raise MemoryError(f"no memory for attention of {time} tokens over {key.shape[2]} positions")
+    return out.transpose(1, 2)

@@ -2,6 +2,9 @@
 
 enum kind { F32, BF16, F16, Q8_0, Q4_0, Q4_K, Q6_K, KINDS };
 
+/* Value `index` of an array of floats of some kind. */
+static inline void *item(void *array, int kind, long index) { return (char *)array + index * (kind == F32 ? 4 : 2); }
+
 /* A row of activations, as it is and as int8 in blocks of 32. */
 struct vector {
     const float *values;
@@ -35,6 +38,25 @@ struct attention {
     float scale, softcap;
 };
 
+#define MANY_ROWS 96 /* a row is a token and a head */
+#define MANY_POSITIONS 64
+
+/* Of many tokens: query (batch, heads, time, head_dim) and out (batch, time, heads, head_dim) of one kind, the cache as
+   above, bias (batch or 1, time, past) of another kind. causal_time: how many tokens do not see those after them. */
+struct many_attention {
+    const void *query, *keys, *values, *bias;
+    const float *sinks;
+    void *out;
+    long past, key_row, key_head, key_step, value_row, value_head, value_step, bias_row, causal_time, time;
+    int kind, cache_kind, bias_kind, batch, heads, kv_heads, head_dim;
+    float scale, softcap;
+};
+
+/* A thread's own memory for MANY_ROWS rows. */
+struct many_room {
+    float *queries, *keys, *values, *scores, *bias, *out, *query, *largest, *sums, *factor;
+};
+
 static inline long padded(long count) { return (count + 15) / 16 * 16; }
 
 enum activation { SILU, GELU_TANH, CLAMPED };
@@ -56,6 +78,8 @@ struct processor {
     void (*panel)(int kind, const uint8_t *weight, long bytes, int count, long columns, char *panel);
     void (*by_panel)(int kind, const char *panel, long columns, const struct many_vectors *x, long first, float *out);
     void (*attend[3])(const struct attention *, long row, int kv_head, int first, int heads, float *scores);
+    /* Of `tokens` tokens with all query heads of a key-value head; null where torch is faster. */
+    void (*attend_many)(const struct many_attention *, int batch, int kv_head, long token, int tokens, struct many_room *);
 };
 
 #include "formats.h"
@@ -145,6 +169,9 @@ EXPORT const char *causallm_choose(int level) {
 #endif
     return processor->label;
 }
+
+/* Whether those chosen have attention of many tokens. */
+EXPORT int causallm_attends_many(void) { return processor->attend_many != 0; }
 
 /* Whether those chosen multiply packed weights with many rows as well as with few. */
 EXPORT int causallm_has_panels(void) { return processor->panel != 0; }
