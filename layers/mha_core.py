@@ -76,9 +76,9 @@ def attend(
         query = query.to(torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
             return attend(query, key, value, mask, scale, score_softcap, sinks)
-    if attends_natively(query, key, value):
+    if attends_natively(query, key, value, sinks):
         wide = None if sinks is None else sinks.float()
-        if query.shape[2] > 1:
+        if query.shape[2] != 1:
             bias = None if mask.plain or mask.bias is None else mask.bias[:, 0]
             return native.attend_many(query, key, value, bias, mask.causal_time, wide, scale, score_softcap)
         bias = None if mask.bias is None else mask.bias[:, 0, 0].float()
@@ -103,8 +103,9 @@ def attend(
     )
 
 
-def attends_natively(query: Tensor, key: Tensor, value: Tensor) -> bool:
+def attends_natively(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None) -> bool:
     """Whether a native kernel serves: on a CPU, no gradient, a cache of floats in whole vectors."""
+    parts = (query, key, value) if sinks is None else (query, key, value, sinks)
     return (
         query.device.type == "cpu"
         and key.dtype in native.FLOATS
@@ -112,7 +113,9 @@ def attends_natively(query: Tensor, key: Tensor, value: Tensor) -> bool:
         and query.dtype in native.FLOATS
         and key.shape[3] % 16 == 0
         and key.stride(3) == value.stride(3) == 1
-        and not (torch.is_grad_enabled() and query.requires_grad)
+        and key.shape == value.shape
+        and key.shape[0] == query.shape[0]
+        and not (torch.is_grad_enabled() and any(part.requires_grad for part in parts))
         and not torch.compiler.is_compiling()
         and (native.library() is not None if query.shape[2] == 1 else native.attends_many())
         and query.shape[1] <= native.MANY_HEADS * key.shape[1]

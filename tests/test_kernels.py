@@ -17,7 +17,7 @@ from layers.kernels.packed_product import FEW_ROWS, expanded, packed_product, pa
 from layers.linear import FullyConnected, project
 from layers.mha_core import attend, attends_natively
 from layers.packed import PackedEmbedding, PackedLinear
-from layers.step import Step
+from layers.step import Mask, Step
 
 LEVELS = (native.PLAIN, native.AVX2, native.AVX512)
 COMPILER = (sysconfig.get_config_var("CC") or "none").split()[0]
@@ -212,7 +212,56 @@ def test_torch_attends_where_the_kernel_for_many_tokens_does_not() -> None:
     assert served == {"kernel": True, "width": False, "heads": False}
     query, held = torch.randn(1, 8, 5, 32), torch.randn(1, 2, 9, 32)
     assert not attends_natively(query.double(), held.double(), held.double())
-    assert not attends_natively(query.requires_grad_(), held, held)
+    assert not attends_natively(query, held, held[..., :16])
+    assert not attends_natively(query.expand(2, -1, -1, -1), held, held)
+
+
+@needs_many
+@pytest.mark.parametrize("learned", range(4))
+@pytest.mark.parametrize("time", [1, 5])
+def test_torch_attends_where_a_gradient_is_wanted(learned: int, time: int) -> None:
+    query, key, value, sinks = torch.randn(1, 4, time, 32), *torch.randn(2, 1, 2, time, 32), torch.randn(4)
+    parts = [query, key, value, sinks]
+    parts[learned].requires_grad_()
+    assert not attends_natively(*parts)
+    attend(query, key, value, Mask(), 0.2, None, sinks).sum().backward()
+    assert parts[learned].grad is not None
+    with torch.no_grad():
+        assert attends_natively(*parts)
+
+
+@needs_many
+def test_no_tokens_are_no_tokens() -> None:
+    assert attend(torch.randn(1, 4, 0, 32), *torch.randn(2, 1, 2, 9, 32), Mask(), 0.2).shape == (1, 4, 0, 32)
+
+
+@needs_kernels
+@pytest.mark.parametrize("time", [1, 6])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("where", ["query", "key", "value"])
+def test_attention_hides_nothing_that_is_no_number(
+    where: str, with_sinks: bool, softcap: float | None, time: int
+) -> None:
+    parts = {name: torch.randn(1, 2, 6, 32) for name in ("query", "key", "value")}
+    parts[where][:, :, 2 if where != "query" else time // 2] = torch.nan
+    query, sinks = parts["query"][:, :, :time], torch.randn(2) if with_sinks else None
+    if where == "query" and time == 1:
+        query = torch.full_like(query, torch.nan)
+    mask = Step(6 - time, time, torch.float32, torch.device("cpu")).mask(None, (range(6),))
+    found = attend(query, parts["key"], parts["value"], mask, 0.2, softcap, sinks)
+    seen = torch.arange(6 - time, 6) >= 2 if where != "query" else torch.arange(time) == time // 2
+    assert torch.equal(found.isnan().any(-1), found.isnan().all(-1))
+    # A weight of zero times a value that is no number is none, so more tokens than those that see it may get it.
+    assert found.isnan().all(-1)[:, :, seen].all()
+    assert where == "value" or not found.isnan()[:, :, ~seen].any()
+
+
+@needs_kernels
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_a_weight_may_lie_in_any_order(tokens: int) -> None:
+    weight, x = packed_weight("Q8_0", 50, 256), torch.randn(tokens, 256)
+    assert torch.equal(packed_product(x, weight[::2], "Q8_0"), packed_product(x, weight[::2].clone(), "Q8_0"))
 
 
 @needs_kernels

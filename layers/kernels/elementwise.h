@@ -6,10 +6,11 @@ static inline V16 NAME(splat)(float value) {
     return v + value;
 }
 
-/* e^x for x <= 88, relative error below 2e-7; 0 below -87.3, where fp32 has no normal number left. */
+/* e^x for x <= 88, relative error below 2e-7; 0 below -87.3, where fp32 has no normal number left; not a
+   number of none. */
 static inline V16 NAME(exp16)(V16 x) {
     const V16 magic = NAME(splat)(12582912.0f);
-    const U32 normal = (U32)(x >= -87.3f);
+    const U32 normal = ~(U32)(x < -87.3f);
     const V16 clamped = (V16)((U32)x & normal);
     const V16 shifted = clamped * 1.44269504f + magic;
     const V16 n = shifted - magic;

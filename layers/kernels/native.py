@@ -153,7 +153,7 @@ def linear(rows: Tensor, weight: Tensor, kind: str) -> Tensor:
     """rows (tokens, columns) of a dtype in FLOATS times W^T, packed or float: (tokens, out_features) of that dtype."""
     loaded = _loaded()
     tokens, columns = rows.shape
-    rows, out = rows.contiguous(), rows.new_empty(tokens, weight.shape[0])
+    rows, weight, out = rows.contiguous(), weight.contiguous(), rows.new_empty(tokens, weight.shape[0])
     failed = loaded.causallm_linear(
         KINDS[kind],
         weight.data_ptr(),
