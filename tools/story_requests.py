@@ -28,9 +28,15 @@ SYSTEM_CHANCE, OPENING_CHANCE, NAME_CHANCE, ADJECTIVE_CHANCE = 0.25, 0.15, 0.25,
 
 def conversation(story: str, draw: random.Random) -> list[dict[str, str]]:
     """A request that fits the story, sometimes after a system message, and the story."""
-    messages = [{"role": "system", "content": SYSTEM}] if draw.random() < SYSTEM_CHANCE else []
+    system = draw.random() < SYSTEM_CHANCE
     request = opening(story, draw) if draw.random() < OPENING_CHANCE else request_for(story, draw)
-    return [*messages, {"role": "user", "content": request}, {"role": "assistant", "content": story}]
+    return messages(request, story, system)
+
+
+def messages(request: str, story: str, system: bool) -> list[dict[str, str]]:
+    """The turns of a conversation."""
+    first = [{"role": "system", "content": SYSTEM}] if system else []
+    return [*first, {"role": "user", "content": request}, {"role": "assistant", "content": story}]
 
 
 def opening(story: str, draw: random.Random) -> str:

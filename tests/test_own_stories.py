@@ -1,0 +1,124 @@
+"""tools/own_stories.py: answers are kept that are sound and keep to what was asked for, and nothing else."""
+
+import argparse
+import importlib
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TOOLS = Path(__file__).resolve().parents[1] / "tools"
+STORY = (
+    "Once upon a time, there was a dog named Rex who lived with Lily. One day, Lily gave him a red ball. "
+    '"Look, it is for you!" she said. The dog ran far with it and came back with mud on his nose. '
+    "Lily laughed and cleaned his face with a towel. They sat under the old tree until the sun was low, "
+    "and the dog kept the ball close all night."
+)
+
+
+@pytest.fixture(scope="module")
+def tool() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(TOOLS))
+        yield importlib.import_module("own_stories")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("", ""),
+        (" all night.", " all night"),
+        (" all night.", ' all night, "he thought.'),
+        ("Rex", "Tom"),
+        ("Lily laughed", "She laughed. Tom and Tim and Max came. Tom and Tim and Max sat. Lily laughed"),
+        ("They sat under", "Lily laughed and cleaned his face with a towel. They sat under"),
+        ("with a towel", "with a towel, with a towel, with a towel, with a towel"),
+        ("with a towel", "with the towel and the towel"),
+        ("Lily gave him", "Lily asked his mom and gave him"),
+        (STORY[60:], "Lily was glad to see Lily."),
+    ],
+)
+def test_a_sound_story_has_an_end_repeats_nothing_and_knows_its_people(tool, old: str, new: str) -> None:
+    assert tool.sound(STORY)
+    assert tool.sound(STORY.replace(old, new)) == (old == new)
+
+
+def test_she_and_her_mom_may_be_in_a_sentence_with_him(tool) -> None:
+    assert tool.sound(STORY.replace("Lily laughed", "Tim and her mom came in. Tim and Lily laughed")) is False
+    assert tool.sound(STORY.replace("Lily laughed", "Tim saw Lily and her mom. Then Tim and Lily laughed"))
+
+
+def test_an_answer_names_what_was_asked_for_in_both_halves(tool) -> None:
+    kept = tool.Request("", ("dog", "ball"), ("Lily",), ("dog", "red ball"))
+    assert kept.kept(STORY)
+    assert not kept.kept(STORY.replace("the dog kept", "he kept").replace("The dog ran", "He ran"))
+    assert not kept.kept(STORY.replace("red ball", "ball"))
+    assert not kept.kept(STORY.replace("Lily", "Anna"))
+    assert not tool.Request("", ("cat",), (), ("cat",)).kept(STORY)
+    assert tool.Request("Once upon a time", opening=True).kept(STORY)
+    assert not tool.Request("One day", opening=True).kept(STORY)
+
+
+def test_requests_ask_for_what_the_stories_tell_of(tool) -> None:
+    requests = tool.Requests([STORY], random.Random(0))
+    drawn = [requests.next() for _ in range(400)]
+    openings = [request for request in drawn if request.opening]
+    assert 0 < len(openings) < 60
+    assert all(STORY.startswith(request.text) for request in openings)
+    asked = [request for request in drawn if not request.opening]
+    assert {thing for request in asked for thing in request.things} == {"dog", "ball"}
+    for request in asked:
+        assert 1 <= len(request.things) <= 2
+        assert all(phrase in request.text for phrase in (*request.phrases, *request.people))
+    assert any(request.people for request in asked)
+    assert any("a red " in request.text for request in asked)
+
+
+class _Model:
+    """Answers all requests with one story; its tokens are words."""
+
+    tokenizer = argparse.Namespace(encode=str.split)
+
+    def generate_text(self, prompts: list[str], **options: Any) -> list[str]:
+        assert options["seed"] >= 0
+        return [STORY for _ in prompts]
+
+
+def run(tool: Any, folder: Path, answers: int, others: int) -> list[dict[str, Any]]:
+    (folder / "train.jsonl").write_text(
+        "".join(json.dumps({"text": f"{STORY} Number {number}."}) + "\n" for number in range(5)), encoding="utf-8"
+    )
+    arguments = argparse.Namespace(
+        model=folder, data=folder / "train.jsonl", output=folder / "own" / "train.jsonl", answers=answers, seed=3
+    )
+    assert tool.write_kept(argparse.Namespace(**vars(arguments), others=others)) == 0
+    return [json.loads(line) for line in arguments.output.read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_file_has_what_was_kept_and_others(tool, monkeypatch, tmp_path, capsys) -> None:
+    monkeypatch.setattr(tool, "load_model", lambda _: _Model())
+    entries = run(tool, tmp_path, answers=150, others=3)
+    answers = [entry["messages"] for entry in entries if "messages" in entry]
+    assert len(entries) - len(answers) == 3
+    assert 0 < len(answers) < 150
+    assert f"{len(answers)} of 150 answers were kept" in capsys.readouterr().out
+    for messages in answers:
+        assert messages[-1] == {"role": "assistant", "content": STORY}
+        assert messages[-2]["role"] == "user"
+    assert {len(messages) for messages in answers} == {2, 3}
+    assert run(tool, tmp_path, answers=150, others=3) == entries
+
+
+def test_answers_that_found_no_end_are_left_out(tool, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(tool, "load_model", lambda _: _Model())
+    monkeypatch.setattr(tool, "LONGEST", len(STORY.split()) + 1)
+    assert run(tool, tmp_path, answers=64, others=0) == []
+
+
+def test_data_without_stories_is_refused(tool, tmp_path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"messages": []}\n', encoding="utf-8")
+    arguments = argparse.Namespace(model=tmp_path, data=tmp_path / "train.jsonl", output=tmp_path / "out", seed=1)
+    with pytest.raises(ValueError, match='no entry with "text"'):
+        tool.write_kept(arguments)

@@ -1,0 +1,164 @@
+"""Let a story model answer random requests, and keep the answers that keep to what was asked for, to train on.
+
+    python tools/own_stories.py MODEL --data data/tiny-variants-2/train.jsonl -o data/own.jsonl --answers 60000
+
+Things are asked for by how often the stories of the data name them. Training on the best of a model's own answers:
+Touvron et al., Llama 2 (2023), section 3.2.3, "rejection sampling".
+"""
+
+import argparse
+import json
+import random
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from story_requests import ADJECTIVES, NAME_CHANCE, REQUESTS, SYSTEM_CHANCE, THING, THINGS, messages
+from tqdm import tqdm
+from vary_stories import FLATTEN, WORDS, plural
+
+from causallm import load_model
+from causallm.causal_lm import CausalLM
+from causallm.cli import reporting_errors
+from causallm.weights.atomic_file import atomic_file
+
+LONGEST = 280
+"""Tokens; an answer that is longer did not find its end."""
+SHORTEST = 250
+"""Characters."""
+SAMPLING = {"temperature": 0.7, "top_k": 40, "repetition_penalty": 1.03}
+"""Somewhat warmer than the model's own, so that answers differ."""
+ADJECTIVE_CHANCE = 0.3
+OPENINGS = 0.04
+"""How often the first words of a story are asked for: answers to these are kept four times as often as others."""
+ROWS = 64
+SENTENCES = re.compile(r"(?<=[.!?])\"?\s")
+GIRLS, BOYS = "|".join(WORDS["girls"]), "|".join(WORDS["boys"])
+NAME = re.compile(rf"\b(?:{GIRLS}|{BOYS})\b")
+MUDDLED = re.compile(
+    rf"\b(a|an|the|his|her|their) (\w+) and \1 \2\b"  # her dolls and her dolls
+    rf"|\b(?:{BOYS})\b(?:(?!{GIRLS}|girl|sister|[.!?]).)*\bher (?:mom|mum|dad|parents|toys|room|bed)"  # Tim and her mom
+    rf"|\b(?:{GIRLS})\b(?:(?!{BOYS}|boy|brother|[.!?]).)*\bhis (?:mom|mum|dad|parents|toys|room|bed)"
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for, and the things, people and phrases that an answer has to name; or its first words."""
+
+    text: str
+    things: tuple[str, ...] = ()
+    people: tuple[str, ...] = ()
+    phrases: tuple[str, ...] = ()
+    opening: bool = False
+
+    def kept(self, answer: str) -> bool:
+        """Things and people are named in the first half and in the second, and a thing once with its adjective."""
+        if self.opening:
+            return answer.startswith(self.text)
+        words = (*(rf"{thing}|{plural(thing)}" for thing in self.things), *self.people)
+        found = [[match.start() / len(answer) for match in re.finditer(rf"\b({w})\b", answer, re.I)] for w in words]
+        throughout = all(places and places[0] < 0.5 < places[-1] for places in found)
+        return throughout and all(phrase in answer.lower() for phrase in self.phrases)
+
+
+class Requests:
+    """Draws requests as somebody may ask them who has not read the stories."""
+
+    def __init__(self, stories: Sequence[str], draw: random.Random) -> None:
+        named = Counter(THINGS[form] for story in stories for _, form in THING.findall(story.lower()))
+        self.draw = draw
+        self.openings = stories
+        self.weights = {thing: count**0.5 for thing, count in named.items() if count > 1}
+
+    def next(self) -> Request:
+        """The first words of a story, or a request for one to two things, a quarter of them with a person."""
+        if self.draw.random() < OPENINGS:
+            words = self.draw.choice(self.openings).split()
+            return Request(" ".join(words[: self.draw.randint(3, 8)]).rstrip(","), opening=True)
+        things = tuple(dict.fromkeys(self.draw.choices([*self.weights], [*self.weights.values()], k=2)))
+        things = things[: self.draw.choice((1, 2, 2))]
+        phrases = tuple(self.phrase(thing) for thing in things)
+        listed, people = [f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}" for phrase in phrases], ()
+        if self.draw.random() < NAME_CHANCE:
+            group = self.draw.choice(("girl", "boy"))
+            known = WORDS[f"{group}s"]
+            people = tuple(self.draw.choices([*known], [count**FLATTEN for count in known.values()]))
+            things, phrases, listed = things[:1], phrases[:1], listed[:1]
+            listed.insert(0, self.draw.choice((people[0], f"a {group} named {people[0]}")))
+        return Request(self.draw.choice(REQUESTS).format(" and ".join(listed)), things, people, phrases)
+
+    def phrase(self, thing: str) -> str:
+        """`ball` or `red ball`."""
+        return f"{self.draw.choice(ADJECTIVES.split('|'))} {thing}" if self.draw.random() < ADJECTIVE_CHANCE else thing
+
+
+def sound(answer: str) -> bool:
+    """Whether a story ends, names each of at most three people again, repeats nothing, and keeps to he or she."""
+    sentences = [sentence.strip() for sentence in SENTENCES.split(answer)]
+    words = re.findall(r"\w+", answer)
+    fours = Counter(zip(words, words[1:], words[2:], words[3:], strict=False))
+    people = Counter(NAME.findall(answer))
+    return (
+        len(answer) >= SHORTEST
+        and answer.endswith((".", "!", '."', '!"', '?"'))
+        and answer.count('"') % 2 == 0
+        and len(set(sentences)) == len(sentences)
+        and max(fours.values()) <= 2
+        and not MUDDLED.search(answer)
+        and len(people) <= 3
+        and all(count > 1 for count in people.values())
+    )
+
+
+def main() -> int:
+    """Parse the arguments and write the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--data", type=Path, required=True, help="train.jsonl of prepare_stories.py")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--answers", type=int, default=30000, help="how many to choose from")
+    parser.add_argument("--others", type=int, default=2500, help="how many entries of the data to mix in")
+    parser.add_argument("--seed", type=int, default=1)
+    return reporting_errors(lambda: write_kept(parser.parse_args()))
+
+
+def write_kept(args: argparse.Namespace) -> int:
+    """Write the answers that were kept, a conversation a line."""
+    lines = args.data.read_text(encoding="utf-8").splitlines()
+    stories = [entry["text"] for entry in map(json.loads, lines) if "text" in entry]
+    if not stories:
+        raise ValueError(f'{args.data} holds no entry with "text", expected train.jsonl of prepare_stories.py')
+    draw = random.Random(args.seed)
+    kept = [
+        json.dumps({"messages": messages(request.text, answer, draw.random() < SYSTEM_CHANCE)}, ensure_ascii=False)
+        for request, answer in chosen(load_model(args.model), Requests(stories, draw), args.answers, draw)
+    ]
+    mixed = [*kept, *draw.sample(lines, min(args.others, len(lines)))]
+    draw.shuffle(mixed)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(args.output) as file:
+        file.write("".join(f"{line}\n" for line in mixed).encode())
+    print(f"{args.output}: {len(kept)} of {args.answers} answers were kept, {len(mixed)} documents in all")
+    return 0
+
+
+def chosen(model: CausalLM, requests: Requests, answers: int, draw: random.Random) -> Iterator[tuple[Request, str]]:
+    """The sound answers that keep to their requests."""
+    options = {"max_new_tokens": LONGEST, **SAMPLING}
+    with tqdm(total=answers, unit=" answers", disable=None) as bar:
+        for start in range(0, answers, ROWS):
+            asked = [requests.next() for _ in range(min(ROWS, answers - start))]
+            texts = model.generate_text([each.text for each in asked], seed=draw.getrandbits(31), **options)
+            for request, answer in zip(asked, texts, strict=True):
+                ended = len(model.tokenizer.encode(answer)) < LONGEST - 1
+                if ended and sound(answer) and request.kept(answer):
+                    yield request, answer
+            bar.update(len(asked))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
