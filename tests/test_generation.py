@@ -19,7 +19,9 @@ from causallm.options import generation_options
 from causallm.penalties import TokenHistory, adjust_logits
 from causallm.prompt_ids import fit_prompt
 from causallm.report import Report
+from causallm.steps import prefill
 from causallm.transformer import DEFAULT_CHUNK
+from layers.kv_cache import KVCache
 
 MAX_LENGTH = 64
 """Of the models in `families`."""
@@ -316,6 +318,15 @@ def test_a_prompt_in_chunks_gives_what_it_gives_whole(checkpoints: Checkpoints, 
     assert max(columns) == min(chunk, 30)
     assert sum(columns[: len(progress)]) == 30
     assert progress == [(min(start + chunk, 30), 30) for start in range(0, 30, chunk)]
+
+
+def test_the_cache_has_its_memory_before_the_first_chunk(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(KVCache, "step", 4)
+    cache, sizes = llama.make_cache(), []
+    ids = torch.tensor([random_ids(30)])
+    prefill(llama, ids, cache, None, 7, lambda *_: sizes.append(sum(layer.nbytes for layer in cache)))
+    assert len(sizes) == 5
+    assert len(set(sizes)) == 1
 
 
 def test_prompts_are_cut_into_chunks_by_default(llama: Any) -> None:

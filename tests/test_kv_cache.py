@@ -102,12 +102,12 @@ def window_of(cache: KVCache) -> int:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_random_lives(cache: KVCache, seed: int) -> None:
-    """Updates of all lengths, truncations, saves and restores in random order."""
+    """Updates of all lengths, reservations, truncations, saves and restores in random order."""
     rng, truth = random.Random(seed), Everything()
     saved: list[tuple[dict[str, Tensor], int, Everything, int]] = []
     oldest = 0
     for _ in range(60):
-        action = rng.choice(["update"] * 6 + ["truncate", "save", "restore"])
+        action = rng.choice(["update"] * 6 + ["reserve", "truncate", "save", "restore"])
         if action == "update":
             time = rng.choice([1, 1, 1, 2, 3, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW + 3])
             if cache.limit is not None and cache.offset + time > cache.limit:
@@ -118,6 +118,8 @@ def test_random_lives(cache: KVCache, seed: int) -> None:
             check(cache.update(keys, values), truth, needed_by(cache, before, before + time))
             aside = (cache.rollback or 0) if time > 1 else 0
             oldest = max(0, min(oldest, before), cache.offset - window_of(cache) - aside)
+        elif action == "reserve":
+            cache.reserve(min(cache.offset + rng.randint(0, 20), cache.limit or 10**6))
         elif action == "truncate":
             target = rng.choice([rng.randint(0, cache.offset), max(0, cache.offset - rng.randint(1, 4))])
             assert cache.reaches(target) == (target == cache.offset or max(0, target - window_of(cache)) >= oldest)
@@ -250,6 +252,24 @@ def test_a_static_cache_never_moves_and_says_when_it_is_full() -> None:
     with pytest.raises(ValueError, match="holds 10 positions, but 11 are needed"):
         cache.update(*tokens(1))
     assert cache.offset == 10
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if "rolls back" not in name])
+def test_what_is_reserved_takes_no_more_memory_as_it_fills(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(KVCache, "step", 3)
+    cache = KINDS[name]()
+    cache.reserve(20)
+    held = cache.nbytes
+    assert held >= 2 * 24 * min(20, window_of(cache))
+    for time in (3, 1, 6, 10):
+        cache.update(*tokens(time))
+        assert cache.nbytes == held
+
+
+def test_more_than_a_static_cache_holds_is_not_reserved() -> None:
+    cache = StaticKVCache(*SHAPE, torch.float32, capacity=10)
+    with pytest.raises(ValueError, match="holds 10 positions, but 11 are needed"):
+        cache.reserve(11)
 
 
 def test_a_growing_cache_grows_seldom_and_wastes_little() -> None:
