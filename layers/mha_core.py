@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from layers.kernels import native
+from layers.kernels import native, native_attention
 from layers.kv_cache import KVCache
 from layers.lm_head import softcap
 from layers.rope import Rope, rotate
@@ -80,9 +80,9 @@ def attend(
         wide = None if sinks is None else sinks.float()
         if query.shape[2] != 1:
             bias = None if mask.plain or mask.bias is None else mask.bias[:, 0]
-            return native.attend_many(query, key, value, bias, mask.causal_time, wide, scale, score_softcap)
+            return native_attention.attend_many(query, key, value, bias, mask.causal_time, wide, scale, score_softcap)
         bias = None if mask.bias is None else mask.bias[:, 0, 0].float()
-        return native.attend(query.float(), key, value, bias, wide, scale, score_softcap).to(query.dtype)
+        return native_attention.attend(query.float(), key, value, bias, wide, scale, score_softcap).to(query.dtype)
     key, value = key.to(query.dtype), value.to(query.dtype)
     if score_softcap is None and sinks is None:
         if query.shape[2] == 1:
@@ -117,8 +117,8 @@ def attends_natively(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | 
         and key.shape[0] == query.shape[0]
         and not (torch.is_grad_enabled() and any(part.requires_grad for part in parts))
         and not torch.compiler.is_compiling()
-        and (native.library() is not None if query.shape[2] == 1 else native.attends_many())
-        and query.shape[1] <= native.MANY_HEADS * key.shape[1]
+        and (native.library() is not None if query.shape[2] == 1 else native_attention.attends_many())
+        and query.shape[1] <= native_attention.MANY_HEADS * key.shape[1]
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from causallm import load_model
-from layers.kernels import native
+from layers.kernels import native, native_attention
 from layers.kernels.block_formats import BLOCK_FORMATS
 from layers.kernels.packed_product import FEW_ROWS, expanded, packed_product, packed_product_twin, rounded
 from layers.linear import FullyConnected, project
@@ -117,7 +117,7 @@ def test_attention_of_one_token_is_its_definition(
     query = torch.randn(2, heads, 1, head_dim)
     sinks = torch.randn(heads) if with_sinks else None
     bias = torch.zeros(2, 33).masked_fill_(torch.rand(2, 33) < 0.3, -torch.inf) if masked else None
-    found = native.attend(query, key, value, bias, sinks, 0.2, softcap)
+    found = native_attention.attend(query, key, value, bias, sinks, 0.2, softcap)
     expected = defined(query, key, value, None if bias is None else bias[:, None, None], sinks, 0.2, softcap)
     torch.testing.assert_close(found.double(), expected, rtol=2e-5, atol=2e-6)
 
@@ -144,7 +144,9 @@ def defined(
     return scores.softmax(-1)[..., : key.shape[2]] @ value
 
 
-needs_many = pytest.mark.skipif(not native.attends_many(), reason="no kernel for the attention of many tokens")
+needs_many = pytest.mark.skipif(
+    not native_attention.attends_many(), reason="no kernel for the attention of many tokens"
+)
 
 
 @needs_many
@@ -192,7 +194,7 @@ def test_a_token_gets_the_same_bits_whatever_is_computed_with_it(monkeypatch: py
     def part(begin: int, end: int, rows: slice = slice(None)) -> Tensor:
         past = 50 + end
         of_rows = query[rows, :, begin:end], key[rows, :, :past], value[rows, :, :past]
-        return native.attend_many(*of_rows, None, end - begin, None, 0.2, None)
+        return native_attention.attend_many(*of_rows, None, end - begin, None, 0.2, None)
 
     whole = part(0, 150)
     assert torch.equal(torch.cat([part(0, 2), part(2, 67), part(67, 150)], 2), whole)

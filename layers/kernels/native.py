@@ -15,8 +15,6 @@ KINDS = {"F32": 0, "BF16": 1, "F16": 2, "Q8_0": 3, "Q4_0": 4, "Q4_K": 5, "Q6_K":
 FLOATS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 PLAIN, AVX2, AVX512 = 0, 1, 2
 ROUTE, USE, SUM = 1, 2, 3
-MANY_HEADS = 96
-"""Query heads for one of keys and values, at most (MANY_ROWS of processors.h)."""
 TEAM = ("GOMP_parallel", "omp_get_num_threads")
 
 Address, Size = ctypes.c_void_p, ctypes.c_long
@@ -79,20 +77,15 @@ def has_panels() -> bool:
     return (loaded := library()) is not None and bool(loaded.causallm_has_panels())
 
 
-def attends_many() -> bool:
-    """Whether there is a kernel for the attention of many tokens, faster than torch's operators."""
-    return (loaded := library()) is not None and bool(loaded.causallm_attends_many())
-
-
 def run_halves(halves: ctypes.Array, tokens: ctypes.Structure) -> None:
     """Let the tokens pass through halves of decoder blocks (`layers.kernels.half_arguments`)."""
-    if _loaded().causallm_halves(halves, len(halves), ctypes.byref(tokens), torch.get_num_threads()):
+    if kernels().causallm_halves(halves, len(halves), ctypes.byref(tokens), torch.get_num_threads()):
         raise MemoryError(f"no memory for the working space of {len(halves)} halves of blocks")
 
 
 def mixture_step(step: int, half: ctypes.Structure, tokens: ctypes.Structure) -> None:
     """ROUTE, USE or SUM of a mixture whose experts are fetched (`layers.kernels.half_arguments`)."""
-    if _loaded().causallm_mixture(step, ctypes.byref(half), ctypes.byref(tokens), torch.get_num_threads()):
+    if kernels().causallm_mixture(step, ctypes.byref(half), ctypes.byref(tokens), torch.get_num_threads()):
         raise MemoryError("no memory for the working space of a mixture of experts")
 
 
@@ -100,7 +93,7 @@ def normalise(norm: ctypes.Structure, x: Tensor, out: Tensor) -> None:
     """Rows of x through a norm (`layers.kernels.half_arguments`) into `out`; both contiguous."""
     width = x.shape[-1]
     kinds = KINDS[FLOATS[x.dtype]], KINDS[FLOATS[out.dtype]]
-    if _loaded().causallm_normalise(
+    if kernels().causallm_normalise(
         ctypes.byref(norm),
         x.data_ptr(),
         kinds[0],
@@ -116,7 +109,7 @@ def normalise(norm: ctypes.Structure, x: Tensor, out: Tensor) -> None:
 def gate(activation: int, gate: Tensor, up: Tensor, out: Tensor) -> None:
     """activation(gate) * up into `out`, all contiguous and of one dtype; `activation` as in struct mlp_half."""
     addresses = gate.data_ptr(), up.data_ptr(), gate.numel(), out.data_ptr()
-    if _loaded().causallm_gate(activation, *addresses, KINDS[FLOATS[gate.dtype]], torch.get_num_threads()):
+    if kernels().causallm_gate(activation, *addresses, KINDS[FLOATS[gate.dtype]], torch.get_num_threads()):
         raise MemoryError("no memory for an activation")
 
 
@@ -124,13 +117,14 @@ def turn(half: ctypes.Structure, query: Tensor, key: Tensor, value: Tensor, out:
     """Heads normalised and rotated: queries (batch, time, width) into `out`, keys and values into the cache."""
     addresses = [part.data_ptr() for part in (query, key, value)]
     kind, (batch, time) = KINDS[FLOATS[query.dtype]], query.shape[:2]
-    if _loaded().causallm_turn(
+    if kernels().causallm_turn(
         ctypes.byref(half), *addresses, kind, batch, time, out.data_ptr(), torch.get_num_threads()
     ):
         raise MemoryError(f"no memory for heads of {out.shape[-1]}")
 
 
-def _loaded() -> ctypes.CDLL:
+def kernels() -> ctypes.CDLL:
+    """`library`, for those who have made sure that there is one."""
     loaded = library()
     assert loaded is not None
     return loaded
@@ -151,7 +145,7 @@ def _team() -> tuple[int, int] | None:
 
 def linear(rows: Tensor, weight: Tensor, kind: str) -> Tensor:
     """rows (tokens, columns) of a dtype in FLOATS times W^T, packed or float: (tokens, out_features) of that dtype."""
-    loaded = _loaded()
+    loaded = kernels()
     tokens, columns = rows.shape
     rows, weight, out = rows.contiguous(), weight.contiguous(), rows.new_empty(tokens, weight.shape[0])
     failed = loaded.causallm_linear(
@@ -172,123 +166,10 @@ def linear(rows: Tensor, weight: Tensor, kind: str) -> Tensor:
 
 def expand(weight: Tensor, kind: str, columns: int, dtype: torch.dtype) -> Tensor:
     """A packed weight as fp32 or bf16, (rows, columns)."""
-    loaded = _loaded()
+    loaded = kernels()
     out = torch.empty(weight.shape[0], columns, dtype=dtype)
     wide, narrow = (out.data_ptr(), None) if dtype == torch.float32 else (None, out.data_ptr())
     loaded.causallm_expand(
         KINDS[kind], weight.data_ptr(), weight.shape[0], columns, wide, narrow, torch.get_num_threads()
     )
     return out
-
-
-class AttentionArguments(ctypes.Structure):
-    """struct attention of native.c."""
-
-    _fields_ = [
-        *((name, Address) for name in ("query", "bias", "sinks", "keys", "values", "out")),
-        *((name, Size) for name in "past key_row key_head key_step value_row value_head value_step bias_row".split()),
-        ("query_row", Size),
-        *((name, ctypes.c_int) for name in ("batch", "time", "heads", "kv_heads", "head_dim")),
-        *((name, ctypes.c_float) for name in ("scale", "softcap")),
-    ]
-
-
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    softcap: float | None,
-) -> Tensor:
-    """Attention of one token: query (batch, heads, 1, head_dim) fp32 over (batch, kv_heads, past, head_dim).
-
-    bias is (batch or 1, past) fp32, sinks (heads) fp32; all are contiguous in their last dimension.
-    """
-    loaded = _loaded()
-    batch, heads, _, head_dim = query.shape
-    query, out = query.contiguous(), torch.empty_like(query, memory_format=torch.contiguous_format)
-    arguments = AttentionArguments(
-        query.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        None if sinks is None else sinks.data_ptr(),
-        key.data_ptr(),
-        value.data_ptr(),
-        out.data_ptr(),
-        key.shape[2],
-        *key.stride()[:3],
-        *value.stride()[:3],
-        0 if bias is None or bias.shape[0] == 1 else bias.stride(0),
-        heads * head_dim,
-        batch,
-        1,
-        heads,
-        key.shape[1],
-        head_dim,
-        scale,
-        softcap or 0.0,
-    )
-    if loaded.causallm_attend(ctypes.byref(arguments), KINDS[FLOATS[key.dtype]], torch.get_num_threads()):
-        raise MemoryError(f"no memory for attention over {key.shape[2]} positions")
-    return out
-
-
-class ManyAttentionArguments(ctypes.Structure):
-    """struct many_attention of processors.h."""
-
-    _fields_ = [
-        *((name, Address) for name in ("query", "keys", "values", "bias", "sinks", "out")),
-        *((name, Size) for name in "past key_row key_head key_step value_row value_head value_step".split()),
-        *((name, Size) for name in ("bias_row", "causal_time", "time")),
-        *((name, ctypes.c_int) for name in "kind cache_kind bias_kind batch heads kv_heads head_dim".split()),
-        *((name, ctypes.c_float) for name in ("scale", "softcap")),
-    ]
-
-
-def attend_many(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    causal_time: int,
-    sinks: Tensor | None,
-    scale: float,
-    softcap: float | None,
-) -> Tensor:
-    """Attention of many tokens: query (batch, heads, time, head_dim) over (batch, kv_heads, past, head_dim).
-
-    bias is (batch or 1, time, past), sinks (heads) fp32; of the last `causal_time` keys a token sees its own and those
-    before it. Keys and values are contiguous in their last dimension. Returns (batch, heads, time, head_dim) in query's
-    dtype.
-    """
-    batch, heads, time, head_dim = query.shape
-    query = query.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    out = query.new_empty(batch, time, heads, head_dim)
-    arguments = ManyAttentionArguments(
-        query.data_ptr(),
-        key.data_ptr(),
-        value.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        None if sinks is None else sinks.data_ptr(),
-        out.data_ptr(),
-        key.shape[2],
-        *key.stride()[:3],
-        *value.stride()[:3],
-        0 if bias is None or bias.shape[0] == 1 else bias.stride(0),
-        causal_time,
-        time,
-        KINDS[FLOATS[query.dtype]],
-        KINDS[FLOATS[key.dtype]],
-        0 if bias is None else KINDS[FLOATS[bias.dtype]],
-        batch,
-        heads,
-        key.shape[1],
-        head_dim,
-        scale,
-        softcap or 0.0,
-    )
-    if _loaded().causallm_attend_many(ctypes.byref(arguments), torch.get_num_threads()):
-        raise MemoryError(f"no memory for attention of {time} tokens over {key.shape[2]} positions")
-    return out.transpose(1, 2)
