@@ -117,8 +117,7 @@ def attends_natively(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | 
         and key.shape[0] == query.shape[0]
         and not (torch.is_grad_enabled() and any(part.requires_grad for part in parts))
         and not torch.compiler.is_compiling()
-        and (native.library() is not None if query.shape[2] == 1 else native_attention.attends_many())
-        and query.shape[1] <= native_attention.MANY_HEADS * key.shape[1]
+        and (native.library() is not None if query.shape[2] == 1 else native_attention.attends_many(query, key))
     )
 
 

@@ -42,6 +42,16 @@ def test_they_are_there_where_there_is_a_compiler() -> None:
     assert native.library() is not None
 
 
+@needs_kernels
+def test_avx_512_has_kernels_for_many_rows_and_tokens() -> None:
+    """Without them the tests of both would be of torch's operators, or skipped."""
+    levels = {
+        level: (native.choose(level), native.has_panels(), native_attention.has_attend_many()) for level in LEVELS
+    }
+    native.choose(native.AVX512)
+    assert all((name == "AVX-512 VNNI") == panels == many for name, panels, many in levels.values())
+
+
 def close(found: Tensor, expected: Tensor, tolerance: float) -> None:
     assert (found - expected).abs().max() <= tolerance * expected.abs().max()
 
@@ -145,7 +155,7 @@ def defined(
 
 
 needs_many = pytest.mark.skipif(
-    not native_attention.attends_many(), reason="no kernel for the attention of many tokens"
+    not native_attention.has_attend_many(), reason="no kernel for the attention of many tokens"
 )
 
 

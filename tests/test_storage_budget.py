@@ -26,6 +26,7 @@ from text_models import save_text_model
 from causallm import load_model
 from causallm.byte_size import parse_bytes, show_bytes
 from causallm.loading import build_packed, find_source
+from causallm.packing import packed_tensors
 from causallm.storage import budget
 from causallm.storage.plan import PROGRAMS_DIFFER, BudgetError, Plan
 from causallm.storage.step_memory import cache_bytes, planned_bytes, rows_that_fit, step_bytes, step_tokens
@@ -251,6 +252,21 @@ def test_rows_together_need_no_more_than_was_planned(name: str, batch_size: int 
     assert rows_that_fit(model, 999, 8) > planned_rows
     model.config = replace(model.config, vocab_size=10**6)
     assert rows_that_fit(model, 999, 2) < planned_rows + 2
+
+
+@tiny
+def test_a_step_of_many_rows_has_room_for_them_as_int8(
+    shapes: Shapes,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    quantize(shapes("qwen3-moe"), tmp_path / "packed", "Q8_0")
+    model = load_model(tmp_path / "packed")
+    width = max(packed.shape[-1] for name, packed in packed_tensors(model).items() if "embed" not in name)
+    with_products = step_bytes(model, 64, 40, 40)
+    monkeypatch.setattr("causallm.storage.step_memory.packed_tensors", lambda _: {})
+    # Of 32 values each has a byte, and all together two floats.
+    assert with_products - step_bytes(model, 64, 40, 40) >= 64 * 40 * width // 32 * (32 + 2 * 4)
 
 
 @tiny

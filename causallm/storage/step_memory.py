@@ -16,6 +16,8 @@ QUERY_ROWS = 128
 """Queries whose scores are held at once."""
 MASK_BYTES = 16
 """For each number of the block of a mask that is being made: distances and what is compared with them."""
+INT8_BITS = 10
+"""For each activation rounded to int8: itself, and a scale and a sum in fp32 for 32 of them."""
 LOGITS = 3 * 4
 """Bytes for each number of the vocabulary and row: logits and two copies in fp32."""
 
@@ -36,7 +38,7 @@ def step_bytes(model: Transformer, rows: int, columns: int, chunk: int) -> int:
     """An upper estimate of what a step of `chunk` tokens of each row computes with, at the end of `columns` positions.
 
     Vectors between the layers, the scores of some queries, masks, the cache in the activations' dtype, one packed
-    matrix expanded to bf16 (with kernels for many rows less: some of it as int8, and the rows), and logits.
+    matrix expanded to bf16 or what it is multiplied with as int8, and logits.
     """
     config, itemsize, chunk = model.config, model.dtype.itemsize, min(chunk, columns)
     dim, heads = config.hidden_size, config.num_attention_heads
@@ -50,16 +52,16 @@ def step_bytes(model: Transformer, rows: int, columns: int, chunk: int) -> int:
     kinds = {config.window(layer): seen for layer, seen in enumerate(_seen(model, columns, chunk))}
     masks = rows * chunk * sum(kinds.values()) * itemsize + MASK_BYTES * MASK_BLOCK
     context = 2 * rows * keys * columns * itemsize if model.cache_dtype != model.dtype and model.in_steps else 0
-    expanded = max(
+    products = max(
         (
-            2 * packed.shape[-1] * packed.shape[-2]
+            packed.shape[-1] * max(2 * packed.shape[-2], rows * chunk * INT8_BITS // 8)
             for name, packed in packed_tensors(model).items()
             if weight_kind(name) == "linear"
         ),
         default=0,
     )
     logits = LOGITS * rows * config.vocab_size if model.in_steps else 0
-    return vectors + scores + masks + context + expanded + logits
+    return vectors + scores + masks + context + products + logits
 
 
 def planned_bytes(model: Transformer, rows: int) -> tuple[int, int]:

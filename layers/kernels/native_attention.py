@@ -12,9 +12,14 @@ MANY_HEADS = 96
 """Query heads for one of keys and values, at most (MANY_ROWS of processors.h)."""
 
 
-def attends_many() -> bool:
+def has_attend_many() -> bool:
     """Whether there is a kernel for the attention of many tokens, faster than torch's operators."""
     return (loaded := native.library()) is not None and bool(loaded.causallm_attends_many())
+
+
+def attends_many(query: Tensor, key: Tensor) -> bool:
+    """Whether it serves so many query heads (dimension 1) for those of keys and values."""
+    return has_attend_many() and query.shape[1] <= MANY_HEADS * key.shape[1]
 
 
 class AttentionArguments(ctypes.Structure):
