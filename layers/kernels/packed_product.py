@@ -122,7 +122,8 @@ def rounded(rows: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"
     """Each 32 values as int8 times their largest magnitude / 127, half to even."""
     blocks = rows.unflatten(-1, (-1, 32))
     largest = blocks.abs().amax(-1, keepdim=True)
-    inverse = torch.where(largest > 0, 127 / largest, 0.0)
+    # A quotient that is rounded once: torch's `127 / largest` is 127 times the rounded reciprocal.
+    inverse = torch.where(largest > 0, torch.full_like(largest, 127.0) / largest, 0.0)
     return ((blocks * inverse).round() * (largest / 127)).flatten(-2)
 
 
