@@ -25,7 +25,7 @@ VERBS = {
     "perplexity": "measure how well a model predicts a text",
     "train": "train a model from a YAML file",
     "convert": "convert weights between Hugging Face, GGUF, this project's file and NNTrainer's .bin",
-    "quantize": "pack weights in block formats: Q4_0, Q4_K, Q6_K, Q8_0",
+    "quantize": "pack weights in block formats: Q4_0, Q4_K, Q5_K, Q8_0 and others",
     "inspect": "show a model's layers, shapes and sizes without loading its weights",
     "plan": "show where a model's bytes would go under a memory budget, and how fast it would be",
     "doctor": "look at this machine, measure it, and say what that means for a model",

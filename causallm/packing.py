@@ -20,8 +20,8 @@ from layers.linear import FullyConnected
 from layers.packed import PackedEmbedding, PackedLinear
 from layers.packed_experts import PackedGptOssExperts
 
-INSTEAD = {"Q4_K": "Q8_0", "Q6_K": "Q8_0"}
-"""What rows get that do not fill the blocks of 256 of the first."""
+INSTEAD = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+"""What rows get that do not fill the blocks of 256 of the first; as in llama.cpp."""
 FUSED = ("gate_up_proj", "down_proj")
 """The tensors of all experts at once that can be packed."""
 
@@ -30,13 +30,16 @@ def choose_formats(model: Transformer, stored: Mapping[str, str]) -> dict[str, s
     """The format of each weight to be packed: a packed file's own, else what the runtime config asks for.
 
     Linear layers, fused experts, the embedding and the head can be packed; norms, biases and routers stay floats. A
-    row that is no whole number of blocks gets the format of `INSTEAD`, or stays as it is; a warning tells.
+    row that is no whole number of blocks gets the format of `INSTEAD`, or stays as it is; a warning tells. ValueError
+    where a format is asked for that is only read.
     """
     if stored:
         return dict(stored)
     runtime, formats = model.runtime_config, dict[str, str]()
     embedding = runtime.embedding_format or (runtime.lmhead_format if model.config.tie_word_embeddings else None)
     wanted = {"linear": runtime.fc_format, "embedding": embedding, "lm_head": runtime.lmhead_format}
+    for asked in filter(None, wanted.values()):
+        BLOCK_FORMATS[asked].writer()
     changed: dict[str, int] = {}
     for name, columns in _packable(model):
         kind = wanted.get(weight_kind(name))

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from packed_weights import packed_weight
 from text_models import save_text_model
 from torch import Tensor
 from torch.nn import functional
 
 from causallm import load_model
 from layers.kernels import native, native_attention
-from layers.kernels.block_formats import BLOCK_FORMATS
+from layers.kernels.block_formats import BLOCK_FORMATS, writable
 from layers.kernels.packed_product import FEW_ROWS, expanded, packed_product, packed_product_twin, rounded
 from layers.linear import FullyConnected, project
 from layers.mha_core import attend, attends_natively
@@ -54,10 +55,6 @@ def test_avx_512_has_kernels_for_many_rows_and_tokens() -> None:
 
 def close(found: Tensor, expected: Tensor, tolerance: float) -> None:
     assert (found - expected).abs().max() <= tolerance * expected.abs().max()
-
-
-def packed_weight(kind: str, rows: int, columns: int) -> Tensor:
-    return BLOCK_FORMATS[kind].pack(torch.randn(rows, columns) * torch.rand(rows, 1))
 
 
 @needs_kernels
@@ -343,7 +340,7 @@ def test_the_operator_is_seen_by_export() -> None:
     assert torch.equal(program.module()(x), layer(x))
 
 
-@pytest.mark.parametrize("kind", BLOCK_FORMATS)
+@pytest.mark.parametrize("kind", writable())
 def test_layers(kind: str) -> None:
     weight, bias = torch.randn(40, 512), torch.randn(40)
     layer = PackedLinear.from_float(weight, bias, kind)

@@ -13,6 +13,7 @@ from causallm.loading import build_model
 from causallm.packing import packed_tensors
 from causallm.transformer import Transformer
 from causallm.weights.convert import convert
+from layers.kernels.block_formats import writable
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "make_random_model.py"
 SHAPES = json.loads(TOOL.with_name("random_model_shapes.json").read_text())
@@ -80,14 +81,14 @@ def test_a_made_folder_runs(tmp_path) -> None:
     assert model.config.num_hidden_layers == 2
     assert model.dtype == torch.bfloat16
     assert model.norm.weight.abs().max() == 0
-    assert model.embed_tokens.weight.float().std() == pytest.approx(0.02, rel=0.05)
+    assert model.embed_tokens.weight.float().std() == pytest.approx(0.02, rel=0.07)
     assert isinstance(model.generate_text("hello", max_new_tokens=3), str)
     again = make(tmp_path, "gemma3-270m", changes)
     assert again.returncode == 2
     assert "not empty" in again.stderr
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_K", "Q6_K", "Q8_0"])
+@pytest.mark.parametrize("kind", writable())
 def test_a_packed_folder_is_made_of_blocks_as_spread_as_floats(kind, tmp_path) -> None:
     done = make(tmp_path, "qwen3-0.6b", SMALL, "--format", kind)
     assert done.returncode == 0, done.stderr
@@ -97,7 +98,7 @@ def test_a_packed_folder_is_made_of_blocks_as_spread_as_floats(kind, tmp_path) -
     assert packed.pop("embed_tokens.weight").kind == "Q6_K"
     assert {tensor.kind for tensor in packed.values()} == {kind}
     values = [tensor.dequantize().flatten() for tensor in packed.values()]
-    assert [own.std().item() for own in values] == pytest.approx([0.02] * len(values), rel=0.05)
+    assert [own.std().item() for own in values] == pytest.approx([0.02] * len(values), rel=0.07)
     assert abs(torch.cat(values).mean()) < 0.0003
     assert (model.norm.weight == 1).all()
     assert logits_of(model).isfinite().all()

@@ -70,7 +70,7 @@ NNTR_MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "VisionLM"}, "model_type is 'VisionLM', expected CausalLM or embedding"),
     ({"model_tensor_type": "FP32"}, "model_tensor_type is 'FP32', expected <weights>-<activations>"),
     ({"model_tensor_type": "FP32-Q4_0"}, "model_tensor_type is 'FP32-Q4_0', expected <weights>-<activations>"),
-    ({"fc_layer_dtype": "Q5_0"}, "fc_layer_dtype is 'Q5_0', expected one of FP32, FP16, BF16, Q4_0, Q4_K, Q6_K, Q8_0"),
+    ({"fc_layer_dtype": "Q2_K"}, "fc_layer_dtype is 'Q2_K', expected one of FP32, FP16, BF16, Q8_0, Q4_0, Q4_1, Q5_0"),
     ({"lmhead_dtype": "q6_k"}, "lmhead_dtype is 'q6_k', expected one of FP32"),
     ({"fc_layer_dtype": "INT5"}, "fc_layer_dtype is 'INT5', expected one of FP32"),
     ({"fc_layer_dtype": 32}, "fc_layer_dtype is 32, expected a string"),

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from layers.kernels import packed_product
-from layers.kernels.block_formats import BLOCK_FORMATS
 from layers.kernels.packed_product import triton_kernels
 
 TESTS = Path(__file__).resolve().parent
+TRITON_FORMATS = ("Q8_0", "Q4_0", "Q5_0", "Q4_K", "Q5_K", "Q6_K")
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 
@@ -54,7 +54,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
 
 
 @needs_triton
-@pytest.mark.parametrize("kind", BLOCK_FORMATS)
+@pytest.mark.parametrize("kind", TRITON_FORMATS)
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_product_compiles_and_loads_no_word_twice(kind: str, capability: int, kernels: ModuleType) -> None:
     words = {torch.uint16: "*u16", torch.uint32: "*u32"}[kernels.WORDS[kind]]
@@ -74,14 +74,21 @@ def test_the_product_compiles_and_loads_no_word_twice(kind: str, capability: int
     )
     assert kernel.asm["cubin"]
     # Per weight row: words of codes, of scales, and of what multiplies those. Per pair: the two activations.
-    loads = {"Q8_0": 4 + 1, "Q4_0": 2 + 1, "Q4_K": 2 + 3 + 1, "Q6_K": 4 + 2 + 4 + 1}[kind]
+    loads = {
+        "Q8_0": 4 + 1,
+        "Q4_0": 2 + 1,
+        "Q5_0": 2 + 1 + 2,
+        "Q4_K": 2 + 3 + 1,
+        "Q5_K": 2 + 3 + 1 + 2,
+        "Q6_K": 4 + 2 + 4 + 1,
+    }[kind]
     assert len(re.findall(r"ld\.global", kernel.asm["ptx"])) == 4 * loads + 2 * pairs
     # Shared memory is for the sums of the warps alone: nothing is moved between threads before.
     assert kernel.metadata.shared <= 4 * 4 * kernels.OPTIONS["num_warps"]
 
 
 @needs_triton
-@pytest.mark.parametrize("kind", BLOCK_FORMATS)
+@pytest.mark.parametrize("kind", TRITON_FORMATS)
 def test_the_expansion_compiles_and_rounds_to_the_nearest(kind: str, kernels: ModuleType) -> None:
     words = {torch.uint16: "*u16", torch.uint32: "*u32"}[kernels.WORDS[kind]]
     pairs = kernels.UNIT_VALUES[kind] // 2
@@ -102,12 +109,14 @@ def test_the_expansion_compiles_and_rounds_to_the_nearest(kind: str, kernels: Mo
 
 def test_they_serve_on_gpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     served = ModuleType("kernels")
+    vars(served)["WORDS"] = {"Q4_0": torch.uint16}
     monkeypatch.setattr(packed_product, "_triton_kernels", lambda: served)
-    assert triton_kernels(torch.device("cuda", 1)) is served
+    assert triton_kernels(torch.device("cuda", 1), "Q4_0") is served
+    assert triton_kernels(torch.device("cuda", 1), "IQ4_NL") is None
     for device in ("cpu", "mps", "meta"):
-        assert triton_kernels(torch.device(device)) is None
+        assert triton_kernels(torch.device(device), "Q4_0") is None
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert triton_kernels(torch.device("cuda")) is None
+    assert triton_kernels(torch.device("cuda"), "Q4_0") is None
 
 
 def test_without_triton_a_warning_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +124,7 @@ def test_without_triton_a_warning_says_so_once(monkeypatch: pytest.MonkeyPatch) 
     packed_product._triton_kernels.cache_clear()
     try:
         with pytest.warns(UserWarning, match="install it with causallm"):
-            assert triton_kernels(torch.device("cuda")) is None
-        assert triton_kernels(torch.device("cuda")) is None
+            assert triton_kernels(torch.device("cuda"), "Q4_0") is None
+        assert triton_kernels(torch.device("cuda"), "Q4_0") is None
     finally:
         packed_product._triton_kernels.cache_clear()

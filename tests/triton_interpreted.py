@@ -17,7 +17,7 @@ from layers.kernels import triton_product as kernels
 from layers.kernels.block_formats import BLOCK_FORMATS
 from layers.packed import PackedEmbedding, PackedLinear
 
-KINDS = tuple(BLOCK_FORMATS)
+KINDS = tuple(kernels.WORDS)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -132,8 +132,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
         calls.append(("expand", dtype))
         return kernels.triton_expand(weight, kind, dtype)
 
-    both = SimpleNamespace(triton_product=product, triton_expand=expand)
-    monkeypatch.setattr(products, "triton_kernels", lambda device: both)
+    both = SimpleNamespace(triton_product=product, triton_expand=expand, WORDS=kernels.WORDS)
+    monkeypatch.setattr(products, "triton_kernels", lambda device, kind: both if kind in both.WORDS else None)
     monkeypatch.setattr(products, "_product_on_cpu", products._product_elsewhere)
     monkeypatch.setattr("layers.packed.expanded", both.triton_expand)
     return calls

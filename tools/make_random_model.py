@@ -21,7 +21,6 @@ from tqdm import tqdm
 from causallm.cli import reporting_errors
 from causallm.config import read_json
 from causallm.config.fields import DTYPES
-from causallm.config.runtime import QUANTIZED
 from causallm.loading import build_model
 from causallm.packing import choose_formats, packed_shape
 from causallm.tokenizer import Tokenizer as ModelTokenizer
@@ -32,6 +31,7 @@ from causallm.weights.names import weight_kind
 from causallm.weights.quantize import FILES
 from causallm.weights.safetensors_reader import FORMATS_KEY
 from causallm.weights.safetensors_writer import write_safetensors
+from layers.kernels.block_formats import writable
 
 SHAPES = Path(__file__).with_name("random_model_shapes.json")
 DEVIATION = 0.02
@@ -51,7 +51,7 @@ def main() -> int:
         help="of all weights, or with --format of those that stay floats (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--format", choices=QUANTIZED,
+        "--format", choices=writable(),
         help=f"make a packed folder, linear layers in this format, embedding and head in {TABLE_FORMAT}",
     )  # fmt: skip
     parser.add_argument("--layers", type=int, help="this many layers instead of the shape's")

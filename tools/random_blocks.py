@@ -9,8 +9,9 @@ from torch import Tensor
 from layers.kernels.block_formats import BLOCK_FORMATS
 
 SAMPLE_BLOCKS = 1 << 13
-MINIMUM_RATIO = 7.5
-"""Q4_K subtracts a second scale times as random a number: the mean of its codes, and so values are zero on average."""
+MINIMUM_RATIOS = {"Q4_K": 7.5, "Q5_K": 15.5, "Q4_1": -7.5, "Q5_1": -15.5}
+"""What a second scale is to the first: K formats subtract it times as random a number, the others add it. It is the
+mean of the codes, and so values are zero on average."""
 
 
 class RandomBlocks:
@@ -38,9 +39,9 @@ def _random_bytes(bits: np.random.SFC64, count: int) -> np.ndarray:
 
 
 def _set_scales(blocks: np.ndarray, kind: str, scales: np.ndarray) -> None:
-    """Put each block's scale, and for Q4_K the second one, where the format has them."""
+    """Put each block's scale, and the second one of formats that have it, where they belong."""
     place = BLOCK_FORMATS[kind].halves
-    halves = np.stack((scales, scales * MINIMUM_RATIO), 1)[:, : (place.stop - place.start) // 2]
+    halves = np.stack((scales, scales * MINIMUM_RATIOS.get(kind, 0.0)), 1)[:, : (place.stop - place.start) // 2]
     blocks[:, place] = halves.astype("<f2").view(np.uint8)
 
 

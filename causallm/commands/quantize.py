@@ -1,4 +1,4 @@
-"""Pack a model's weights in block formats (Q4_0, Q4_K, Q6_K, Q8_0): smaller, and faster on a CPU."""
+"""Pack a model's weights in ggml's block formats (Q4_0, Q4_K, Q5_K, Q8_0 ...): smaller, and faster on a CPU."""
 
 import argparse
 import sys

@@ -8,10 +8,11 @@ import torch
 
 from causallm.byte_size import parse_bytes
 from causallm.config.fields import DTYPES, Fields
+from layers.kernels.block_formats import BLOCK_FORMATS
 
 MODEL_TYPES = ("CausalLM", "embedding")
 FLOAT_NAMES = ("FP32", "FP16", "BF16")
-QUANTIZED = ("Q4_0", "Q4_K", "Q6_K", "Q8_0")
+QUANTIZED = tuple(BLOCK_FORMATS)
 CACHE_DTYPES = {**DTYPES, "int8": torch.int8, "INT8": torch.int8}
 HEAD_CACHE_KEYS = ("pre_computed_cache_path", "sys_prompt_token_size")
 

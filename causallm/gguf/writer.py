@@ -25,7 +25,10 @@ from causallm.weights.tensor_bytes import Advance, write_tensor
 from layers.kernels.block_formats import BLOCK_FORMATS
 
 # llama.h's llama_ftype: what most of a file's matrices are.
-FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "Q4_K": 15, "Q6_K": 18, "BF16": 32}
+FILE_TYPES = {
+    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q3_K": 12, "Q4_K": 15, "Q5_K": 17,
+    "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30, "BF16": 32,
+}  # fmt: skip
 QUANTIZATION_VERSION = 2
 ROUTER = "ffn_gate_inp.weight"
 

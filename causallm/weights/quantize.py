@@ -31,11 +31,11 @@ from causallm.weights.safetensors_reader import FORMATS_KEY
 from causallm.weights.safetensors_writer import header, in_file_order
 from causallm.weights.source_state import source_state
 from causallm.weights.tensor_bytes import write_tensor
-from layers.kernels.block_formats import BLOCK_FORMATS
+from layers.kernels.block_formats import BLOCK_FORMATS, writable
 
 FILES = {"safetensors": "packed.safetensors", "bin": "packed_x86.bin"}
 """The weight file of each output format."""
-TYPES = (*QUANTIZED, "FP32", "FP16", "BF16")
+TYPES = (*writable(), "FP32", "FP16", "BF16")
 NNTRAINER_NEEDS: dict[str, Any] = {
     "model_type": "CausalLM",
     "bad_word_ids": [],

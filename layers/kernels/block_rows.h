@@ -19,6 +19,33 @@ static inline __m128i NAME(scales_q4_k)(const uint8_t *packed) {
                          (int)((third & four) | (first >> 6 & two) << 4), (int)(first & six));
 }
 
+/* `unpack_sixteen` in registers. */
+static inline __m128i NAME(factors_q3_k)(const uint8_t *p) {
+    int32_t top;
+    memcpy(&top, p + 8, 4);
+    const __m128i eight = _mm_loadl_epi64((const __m128i *)p);
+    const __m128i low = _mm_and_si128(_mm_unpacklo_epi64(eight, _mm_srli_epi16(eight, 4)), _mm_set1_epi8(15));
+    const __m128i high = _mm_and_si128(_mm_srlv_epi32(_mm_set1_epi32(top), _mm_set_epi32(6, 4, 2, 0)), _mm_set1_epi8(3));
+    return _mm_sub_epi8(_mm_or_si128(low, _mm_slli_epi16(high, 4)), _mm_set1_epi8(32));
+}
+
+/* Eight scales of IQ4_XS as integers. */
+static inline __m256i NAME(factors_iq4_xs)(const uint8_t *p) {
+    uint16_t top;
+    int32_t low;
+    memcpy(&top, p + 2, 2);
+    memcpy(&low, p + 4, 4);
+    const __m256i lows = _mm256_srlv_epi32(_mm256_set1_epi32(low), _mm256_set_epi32(28, 24, 20, 16, 12, 8, 4, 0));
+    const __m256i tops = _mm256_srlv_epi32(_mm256_set1_epi32(top), _mm256_set_epi32(14, 12, 10, 8, 6, 4, 2, 0));
+    const __m256i high = _mm256_slli_epi32(_mm256_and_si256(tops, _mm256_set1_epi32(3)), 4);
+    const __m256i all = _mm256_or_si256(_mm256_and_si256(lows, _mm256_set1_epi32(15)), high);
+    return _mm256_sub_epi32(all, _mm256_set1_epi32(32));
+}
+
+static inline __m256 NAME(scales_iq4_xs)(const uint8_t *p) {
+    return _mm256_mul_ps(NAME(half8)(p), _mm256_cvtepi32_ps(NAME(factors_iq4_xs)(p)));
+}
+
 #endif
 
 #if VNNI512
@@ -39,12 +66,15 @@ static inline __m512i NAME(quarters)(const uint8_t *p, long step) {
     return _mm512_inserti32x4(all, _mm_loadu_si128((const __m128i *)(p + 3 * step)), 3);
 }
 
-/* Codes of four blocks as bytes from 0 on: the first sixteen of each, and the last. */
-static inline void NAME(codes_q4_0)(const uint8_t *p, __m512i *first, __m512i *last) {
-    const __m512i low = _mm512_set1_epi8(15), bytes = NAME(quarters)(p + 2, 18);
+/* Four bits of each of four blocks. */
+static inline void NAME(nibbles)(const uint8_t *p, long step, __m512i *first, __m512i *last) {
+    const __m512i low = _mm512_set1_epi8(15), bytes = NAME(quarters)(p, step);
     *first = _mm512_and_si512(bytes, low);
     *last = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low);
 }
+
+/* Codes of four blocks as bytes from 0 on: the first sixteen of each, and the last. */
+static inline void NAME(codes_q4_0)(const uint8_t *p, __m512i *first, __m512i *last) { NAME(nibbles)(p + 2, 18, first, last); }
 
 static inline void NAME(codes_q8_0)(const uint8_t *p, __m512i *first, __m512i *last) {
     const __m512i sign = _mm512_set1_epi8((char)0x80);
@@ -52,18 +82,49 @@ static inline void NAME(codes_q8_0)(const uint8_t *p, __m512i *first, __m512i *l
     *last = _mm512_xor_si512(NAME(quarters)(p + 18, 34), sign);
 }
 
-/* Scales of four blocks, each for the four sums of its block. */
-static inline __m512 NAME(scales_q4_0)(const uint8_t *p) {
-    const __m512i which = _mm512_set_epi64(0, 0, 0, 0, 0x001B001B001B001B, 0x0012001200120012, 0x0009000900090009, 0);
-    const __m512i words = _mm512_permutexvar_epi16(which, _mm512_loadu_si512(p));
-    return _mm512_cvtph_ps(_mm512_castsi512_si256(words));
+/* 64 bits that go with the codes: of each block the first sixteen, and the last. */
+static inline void NAME(add_fifth)(const uint8_t *p, long step, __m512i *first, __m512i *last) {
+    const __m512i sixteen = _mm512_set1_epi8(16);
+    uint32_t bits[4];
+    for (int i = 0; i < 4; i++) memcpy(bits + i, p + i * step, 4);
+    const __m128i order = _mm_set_epi8(15, 14, 11, 10, 7, 6, 3, 2, 13, 12, 9, 8, 5, 4, 1, 0);
+    const __m128i sides = _mm_shuffle_epi8(_mm_set_epi32((int)bits[3], (int)bits[2], (int)bits[1], (int)bits[0]), order);
+    *first = _mm512_mask_add_epi8(*first, (__mmask64)_mm_cvtsi128_si64(sides), *first, sixteen);
+    *last = _mm512_mask_add_epi8(*last, (__mmask64)_mm_extract_epi64(sides, 1), *last, sixteen);
 }
 
-static inline __m512 NAME(scales_q8_0)(const uint8_t *p) {
-    const __m512i which = _mm512_set_epi64(0, 0, 0, 0, 0x0031003100310031, 0x0020002000200020, 0x0011001100110011, 0);
-    const __m512i words = _mm512_permutex2var_epi16(_mm512_loadu_si512(p), which, _mm512_loadu_si512(p + 68));
-    return _mm512_cvtph_ps(_mm512_castsi512_si256(words));
+static inline void NAME(codes_q5_0)(const uint8_t *p, __m512i *first, __m512i *last) {
+    NAME(nibbles)(p + 6, 22, first, last);
+    NAME(add_fifth)(p + 2, 22, first, last);
 }
+
+/* The codebook's values plus 128. */
+static inline __m512i NAME(book)(void) {
+    const __m128i book = _mm_loadu_si128((const __m128i *)CODEBOOK);
+    return _mm512_xor_si512(_mm512_broadcast_i32x4(book), _mm512_set1_epi8((char)0x80));
+}
+
+static inline void NAME(codes_iq4_nl)(const uint8_t *p, __m512i *first, __m512i *last) {
+    const __m512i book = NAME(book)();
+    NAME(codes_q4_0)(p, first, last);
+    *first = _mm512_shuffle_epi8(book, *first), *last = _mm512_shuffle_epi8(book, *last);
+}
+
+/* Scales of four blocks, each for the four sums of its block: at these words of 16 bits, from 32 on of what lies REST
+   bytes further on. */
+#define FOUR_SCALES(KIND, FIRST, SECOND, THIRD, FOURTH, REST)                                               \
+    static inline __m512 NAME(scales_##KIND)(const uint8_t *p) {                                                  \
+        const long long same = 0x0001000100010001;                                                          \
+        const __m512i which = _mm512_set_epi64(0, 0, 0, 0, (FOURTH) * same, (THIRD) * same, (SECOND) * same, (FIRST) * same); \
+        const __m512i words = _mm512_permutex2var_epi16(_mm512_loadu_si512(p), which, _mm512_loadu_si512(p + REST)); \
+        return _mm512_cvtph_ps(_mm512_castsi512_si256(words));                                              \
+    }
+
+FOUR_SCALES(q4_0, 0, 9, 18, 27, 0)
+FOUR_SCALES(iq4_nl, 0, 9, 18, 27, 0)
+FOUR_SCALES(q5_0, 0, 11, 22, 32 + 21, 24)
+FOUR_SCALES(q8_0, 0, 17, 32 + 0, 32 + 17, 68)
+#undef FOUR_SCALES
 
 /* The part of a row of activations that goes with four blocks. ZERO is the code of the value zero. */
 struct NAME(quad) {
@@ -153,12 +214,18 @@ static inline __m512 NAME(add_codes)(__m512 sum, __m512i first, __m512i last, __
 }
 
 QUAD_ROWS(q4_0, 18, 8)
+QUAD_ROWS(q5_0, 22, 16)
 QUAD_ROWS(q8_0, 34, 0x80)
+QUAD_ROWS(iq4_nl, 18, 0x80)
 QUAD_TILE(q4_0, 18, 8)
+QUAD_TILE(q5_0, 22, 16)
 QUAD_TILE(q8_0, 34, 0x80)
+QUAD_TILE(iq4_nl, 18, 0x80)
 
-static void NAME(rows_q4_k)(const uint8_t *const row[4], long columns, const struct vector *x, float *out) {
-    const __m512i low = _mm512_set1_epi8(15), zero = _mm512_setzero_si512();
+/* Q4_K, and Q5_K with its fifth bits. */
+static inline __attribute__((always_inline)) void NAME(rows_of_k)(const uint8_t *const row[4], long columns, const struct vector *x,
+                                                                  float *out, long size, int fifth_bits) {
+    const __m512i low = _mm512_set1_epi8(15), sixteen = _mm512_set1_epi8(16), zero = _mm512_setzero_si512();
     __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
     __m256 minimums[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
     const long ahead = NAME(distance)(row);
@@ -166,7 +233,7 @@ static void NAME(rows_q4_k)(const uint8_t *const row[4], long columns, const str
         const __m256 scales = _mm256_loadu_ps(x->scales + 8 * b), totals = _mm256_loadu_ps(x->sums + 8 * b);
         __m512 scale[4];
         for (int r = 0; r < 4; r++) {
-            const uint8_t *p = row[r] + 144 * b;
+            const uint8_t *p = row[r] + size * b;
             const __m256i bits = _mm256_cvtepu8_epi16(NAME(scales_q4_k)(p + 4));
             const __m256 factors = _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(bits)));
             const __m256 offsets = _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(_mm256_extracti128_si256(bits, 1)));
@@ -181,11 +248,21 @@ static void NAME(rows_q4_k)(const uint8_t *const row[4], long columns, const str
             const __m512i odd = _mm512_inserti64x4(c, _mm512_extracti64x4_epi64(a, 1), 0);
             const __m512i first = _mm512_inserti64x4(_mm512_set1_epi32(4 * half), _mm256_set1_epi32(4 * half + 2), 1);
             const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(1));
-            NAME(fetch)(row[0] + ahead, 4 * (144 * b + 72 * half), 4 * (144 * b + 72 * half + 72));
+            const __m512i bits = _mm512_inserti64x4(_mm512_set1_epi8((char)(1 << 4 * half)), _mm256_set1_epi8((char)(4 << 4 * half)), 1);
+            NAME(fetch)(row[0] + ahead, 4 * size * b + 2 * size * half, 4 * size * b + 2 * size * (half + 1));
             for (int r = 0; r < 4; r++) {
-                const __m512i bytes = _mm512_loadu_si512(row[r] + 144 * b + 16 + 64 * half);
-                const __m512i evens = _mm512_dpbusd_epi32(zero, _mm512_and_si512(bytes, low), even);
-                const __m512i odds = _mm512_dpbusd_epi32(zero, _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low), odd);
+                const uint8_t *p = row[r] + size * b + 16;
+                const __m512i bytes = _mm512_loadu_si512(p + (fifth_bits ? 32 : 0) + 64 * half);
+                __m512i first_codes = _mm512_and_si512(bytes, low), second_codes = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low);
+                if (fifth_bits) {
+                    const __m512i fifth = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)p));
+                    const __mmask64 evens = _mm512_test_epi8_mask(fifth, bits);
+                    const __mmask64 odds = _mm512_test_epi8_mask(fifth, _mm512_add_epi8(bits, bits));
+                    first_codes = _mm512_mask_add_epi8(first_codes, evens, first_codes, sixteen);
+                    second_codes = _mm512_mask_add_epi8(second_codes, odds, second_codes, sixteen);
+                }
+                const __m512i evens = _mm512_dpbusd_epi32(zero, first_codes, even);
+                const __m512i odds = _mm512_dpbusd_epi32(zero, second_codes, odd);
                 sums[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(evens), _mm512_permutexvar_ps(first, scale[r]), sums[r]);
                 sums[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(odds), _mm512_permutexvar_ps(second, scale[r]), sums[r]);
             }
@@ -193,6 +270,14 @@ static void NAME(rows_q4_k)(const uint8_t *const row[4], long columns, const str
     }
     for (int r = 0; r < 4; r++)
         out[r] = _mm512_reduce_add_ps(sums[r]) - _mm512_reduce_add_ps(_mm512_zextps256_ps512(minimums[r]));
+}
+
+static void NAME(rows_q4_k)(const uint8_t *const row[4], long columns, const struct vector *x, float *out) {
+    NAME(rows_of_k)(row, columns, x, out, 144, 0);
+}
+
+static void NAME(rows_q5_k)(const uint8_t *const row[4], long columns, const struct vector *x, float *out) {
+    NAME(rows_of_k)(row, columns, x, out, 176, 1);
 }
 
 static void NAME(rows_q6_k)(const uint8_t *const row[4], long columns, const struct vector *x, float *out) {
@@ -234,44 +319,80 @@ static void NAME(rows_q6_k)(const uint8_t *const row[4], long columns, const str
     for (int r = 0; r < 4; r++) out[r] = _mm512_reduce_add_ps(sums[r]);
 }
 
+static void NAME(rows_q3_k)(const uint8_t *const row[4], long columns, const struct vector *x, float *out) {
+    const __m512i two = _mm512_set1_epi8(3), four = _mm512_set1_epi8(4), zero = _mm512_setzero_si512();
+    const __m512i quarter = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+    __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+    const long ahead = NAME(distance)(row);
+    for (long b = 0; b < columns / 256; b++) {
+        __m512 scale[4];
+        for (int r = 0; r < 4; r++) {
+            const uint8_t *p = row[r] + 110 * b;
+            const __m512 factors = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(NAME(factors_q3_k)(p + 96)));
+            scale[r] = _mm512_mul_ps(NAME(halves)(p + 108, p + 108), factors);
+        }
+        NAME(fetch)(row[0] + ahead, 440 * b, 440 * (b + 1));
+        for (int chunk = 0; chunk < 4; chunk++) {
+            /* 64 values: low bits of 32 bytes, shifted by one amount and by another, and third bits in two places. */
+            const int low = 4 * (chunk % 2), place = 2 * chunk;
+            const __m512i by = _mm512_inserti64x4(_mm512_set1_epi16((short)low), _mm256_set1_epi16((short)(low + 2)), 1);
+            const __m512i bits = _mm512_inserti64x4(_mm512_set1_epi8((char)(1 << place)), _mm256_set1_epi8((char)(2 << place)), 1);
+            const __m512i a = _mm512_loadu_si512(x->q + 256 * b + 64 * chunk);
+            const __m512i offset = _mm512_sub_epi32(zero, _mm512_dpbusd_epi32(zero, four, a));
+            const __m512i which = _mm512_add_epi32(quarter, _mm512_set1_epi32(4 * chunk));
+            const __m512 xs = NAME(both)(x->scales[8 * b + 2 * chunk], x->scales[8 * b + 2 * chunk + 1]);
+            for (int r = 0; r < 4; r++) {
+                const uint8_t *p = row[r] + 110 * b;
+                const __m512i bytes = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)(p + 32 + 32 * (chunk / 2))));
+                const __m512i third = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)p));
+                __m512i w = _mm512_and_si512(_mm512_srlv_epi16(bytes, by), two);
+                w = _mm512_mask_add_epi8(w, _mm512_test_epi8_mask(third, bits), w, four);
+                const __m512 factor = _mm512_mul_ps(_mm512_permutexvar_ps(which, scale[r]), xs);
+                sums[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_dpbusd_epi32(offset, w, a)), factor, sums[r]);
+            }
+        }
+    }
+    for (int r = 0; r < 4; r++) out[r] = _mm512_reduce_add_ps(sums[r]);
+}
+
+static void NAME(rows_iq4_xs)(const uint8_t *const row[4], long columns, const struct vector *x, float *out) {
+    const __m512i low = _mm512_set1_epi8(15), zero = _mm512_setzero_si512(), middle = _mm512_set1_epi8((char)128);
+    const __m512i twice = _mm512_set_epi64(3, 2, 3, 2, 1, 0, 1, 0), book = NAME(book)();
+    const __m512i shift = _mm512_set_epi64(0x0004000400040004, 0x0004000400040004, 0, 0, 0x0004000400040004, 0x0004000400040004, 0, 0);
+    const __m512i half = _mm512_inserti64x4(zero, _mm256_set1_epi32(1), 1);
+    __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+    const long ahead = NAME(distance)(row);
+    for (long b = 0; b < columns / 256; b++) {
+        const __m256 scales = _mm256_loadu_ps(x->scales + 8 * b);
+        __m512 scale[4];
+        for (int r = 0; r < 4; r++)
+            scale[r] = _mm512_castps256_ps512(_mm256_mul_ps(NAME(scales_iq4_xs)(row[r] + 136 * b), scales));
+        NAME(fetch)(row[0] + ahead, 544 * b, 544 * (b + 1));
+        for (int chunk = 0; chunk < 4; chunk++) {
+            const __m512i a = _mm512_loadu_si512(x->q + 256 * b + 64 * chunk);
+            const __m512i offset = _mm512_sub_epi32(zero, _mm512_dpbusd_epi32(zero, middle, a));
+            const __m512i which = _mm512_add_epi32(half, _mm512_set1_epi32(2 * chunk));
+            for (int r = 0; r < 4; r++) {
+                const __m256i bytes = _mm256_loadu_si256((const __m256i *)(row[r] + 136 * b + 8 + 32 * chunk));
+                const __m512i codes = _mm512_srlv_epi16(_mm512_permutexvar_epi64(twice, _mm512_castsi256_si512(bytes)), shift);
+                const __m512i w = _mm512_shuffle_epi8(book, _mm512_and_si512(codes, low));
+                const __m512 dots = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(offset, w, a));
+                sums[r] = _mm512_fmadd_ps(dots, _mm512_permutexvar_ps(which, scale[r]), sums[r]);
+            }
+        }
+    }
+    for (int r = 0; r < 4; r++) out[r] = _mm512_reduce_add_ps(sums[r]);
+}
+
 #elif F16C
 #include "block_rows_avx2.h"
 #elif NEON_DOT
 #include "block_rows_neon.h"
-#else
-
-/* Any processor: block by block through integers, in loops that compilers turn into vectors. */
-#define BLOCK_ROWS(KIND, VALUES, BYTES)                                                                     \
-    static void NAME(rows_##KIND)(const uint8_t *const row[4], long columns, const struct vector *x, float *out) {     \
-        for (int r = 0; r < 4; r++) {                                                                       \
-            float total = 0;                                                                                \
-            for (long b = 0; b < columns / VALUES; b++) {                                                   \
-                int8_t values[VALUES];                                                                      \
-                float scales[VALUES / 16], minimums[VALUES / 32] = {0};                                     \
-                NAME(integers_##KIND)(row[r] + BYTES * b, values, scales, minimums);                              \
-                for (int part = 0; part < VALUES / 32; part++) {                                            \
-                    const int8_t *q = x->q + VALUES * b + 32 * part;                                        \
-                    int32_t dots[2] = {0, 0};                                                      \
-                    for (int i = 0; i < 16; i++) dots[0] += values[32 * part + i] * q[i];                   \
-                    for (int i = 16; i < 32; i++) dots[1] += values[32 * part + i] * q[i];                  \
-                    total += x->scales[VALUES / 32 * b + part]                                              \
-                             * (scales[2 * part] * dots[0] + scales[2 * part + 1] * dots[1])                \
-                             - minimums[part] * x->sums[VALUES / 32 * b + part];                            \
-                }                                                                                           \
-            }                                                                                               \
-            out[r] = total;                                                                                 \
-        }                                                                                                   \
-    }
-
-BLOCK_ROWS(q4_0, 32, 18)
-BLOCK_ROWS(q8_0, 32, 34)
-BLOCK_ROWS(q4_k, 256, 144)
-BLOCK_ROWS(q6_k, 256, 210)
-
 #endif
+
+#include "integer_rows.h"
 
 #undef QUAD_ROWS
 #undef QUAD_TILE
 #undef ONE_ROW
 #undef ONE
-#undef BLOCK_ROWS

@@ -1,5 +1,4 @@
-/* The stored numbers: fp16 and bf16, and the sizes of the blocks of ggml-common.h (block_q8_0, block_q4_0, block_q4_K,
-   block_q6_K). */
+/* The stored numbers: fp16 and bf16, and the sizes of the blocks of ggml-common.h (block_q8_0 and so on). */
 
 static inline float half_to_float(uint16_t half) {
     const uint32_t sign = (uint32_t)(half & 0x8000) << 16, rest = half & 0x7FFF;
@@ -54,7 +53,7 @@ static inline float scalar_f32(const uint8_t *p) {
     return value;
 }
 
-/* Q4_K: eight scales, then eight minimums, of six bits each in twelve bytes. */
+/* Q4_K and Q5_K: eight scales, then eight minimums, of six bits each in twelve bytes. */
 static inline void unpack_scales(const uint8_t *packed, uint8_t *unpacked) {
     for (int i = 0; i < 4; i++) {
         unpacked[i] = packed[i] & 63;
@@ -64,9 +63,20 @@ static inline void unpack_scales(const uint8_t *packed, uint8_t *unpacked) {
     }
 }
 
+/* Q3_K: sixteen scales of six bits in twelve bytes. */
+static inline void unpack_sixteen(const uint8_t *packed, int8_t *unpacked) {
+    for (int i = 0; i < 8; i++) {
+        const int top = packed[8 + i % 4] >> 2 * (i / 4);
+        unpacked[i] = (int8_t)(((packed[i] & 15) | (top & 3) << 4) - 32);
+        unpacked[8 + i] = (int8_t)(((packed[i] >> 4) | (top >> 4 & 3) << 4) - 32);
+    }
+}
+
+/* What the codes of IQ4_NL and IQ4_XS stand for. */
+static const int8_t CODEBOOK[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+
 static const struct format FORMATS[KINDS] = {
-    [Q8_0] = {32, 34},
-    [Q4_0] = {32, 18},
-    [Q4_K] = {256, 144},
-    [Q6_K] = {256, 210},
+    [Q8_0] = {32, 34, 32, 0},   [Q4_0] = {32, 18, 32, 0},   [Q4_1] = {32, 20, 32, 1},   [Q5_0] = {32, 22, 32, 0},
+    [Q5_1] = {32, 24, 32, 1},   [IQ4_NL] = {32, 18, 32, 0}, [Q3_K] = {256, 110, 16, 0}, [Q4_K] = {256, 144, 32, 1},
+    [Q5_K] = {256, 176, 32, 1}, [Q6_K] = {256, 210, 16, 0}, [IQ4_XS] = {256, 136, 32, 0},
 };

@@ -1,10 +1,10 @@
 """ggml's K formats, block by block: 256 values in sub-blocks whose scales are integers times a float16.
 
-Q4_K has 8 sub-blocks of 32 values, each `scale * code - minimum`; Q6_K has 16 of 16 values, each `scale * code`. A
-sub-block's scale is searched for: several candidates round the values to codes, a weighted least-squares fit gives
-each candidate's codes their best scale, and the smallest error wins. Formula and layout: quantize_row_q4_K_ref and
-quantize_row_q6_K_ref of ggml-quants.c. Ties between candidates hang on the last bit, so the order of every float32
-operation is ggml's. The searches hold the position inside the sub-block in the first dimension.
+Q4_K and Q5_K have 8 sub-blocks of 32 values, each `scale * code - minimum`; Q6_K has 16 of 16 values, each `scale *
+code`. A sub-block's scale is searched for: several candidates round the values to codes, a weighted least-squares fit
+gives each candidate's codes their best scale, and the smallest error wins. Formula and layout: quantize_row_q4_K_ref,
+quantize_row_q5_K_ref and quantize_row_q6_K_ref of ggml-quants.c. Ties between candidates hang on the last bit, so the
+order of every float32 operation is ggml's. The searches hold the position inside the sub-block in the first dimension.
 """
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 
 NEGLIGIBLE = 1e-15
 """What is smaller in magnitude is packed as zero; ggml's GROUP_MAX_EPS."""
+SEARCHED = {15: (-1.0, 21), 31: (-0.5, 16)}
+"""By the largest code: where from it the search begins, and how many candidates there are, a tenth apart."""
 
 
 def divide(dividend: Tensor, divisor: float) -> Tensor:
@@ -35,22 +37,23 @@ def _sum(terms: Float32[Tensor, "positions blocks parts"]) -> Float32[Tensor, "b
 
 
 def _search_scale_and_minimum(
-    x: Float32[Tensor, "32 blocks 8"],
+    x: Float32[Tensor, "32 blocks 8"], largest: int
 ) -> tuple[Float32[Tensor, "blocks 8"], Float32[Tensor, "blocks 8"], Float32[Tensor, "32 blocks 8"]]:
-    """Scales, minima (as what is to be added, never positive) and codes 0..15 of Q4_K; ggml's make_qkx2_quants.
+    """Scales, minima (as what is to be added, never positive) and codes 0..largest; ggml's make_qkx2_quants.
 
-    A candidate of the search widens or narrows the step between codes by up to a fifteenth. Larger values weigh more.
+    A candidate of the search widens or narrows the step between codes by some hundredths. Larger values weigh more.
     """
     # float32 square roots of torch may be off by one in the last bit; rounded from float64 they are right.
     weight = divide(_sum(x * x), 32.0).double().sqrt().float() + x.abs()
     sum_w, sum_x = _sum(weight), _sum(weight * x)
     top, minimum = x.amax(0), x.amin(0).clamp(max=0)
-    origin, inverse = minimum, inverse_of(top - minimum, 15.0)
+    origin, inverse = minimum, inverse_of(top - minimum, float(largest))
     scale = torch.where(inverse == 0, top - minimum, inverse.reciprocal())
-    best = _sum(weight * _square(_codes(x, origin, inverse) * scale + minimum - x))
-    for levels in (torch.arange(21, dtype=x.dtype) * 0.1 - 1 + 15).tolist():
+    best = _sum(weight * _square(_codes(x, origin, inverse, largest) * scale + minimum - x))
+    first, candidates = SEARCHED[largest]
+    for levels in (torch.arange(candidates, dtype=x.dtype) * 0.1 + first + largest).tolist():
         candidate = inverse_of(top - minimum, levels)
-        codes = _codes(x, minimum, candidate)
+        codes = _codes(x, minimum, candidate, largest)
         weighted = weight * codes
         sum_l, sum_ll, sum_lx = _sum(weighted), _sum(weighted * codes), _sum(weighted * x)
         spread = sum_w * sum_ll - sum_l * sum_l
@@ -63,13 +66,11 @@ def _search_scale_and_minimum(
         best = torch.where(better, error, best)
         origin, inverse = torch.where(better, minimum, origin), torch.where(better, candidate, inverse)
         scale, minimum = torch.where(better, fitted_scale, scale), torch.where(better, fitted_minimum, minimum)
-    return scale, minimum, _codes(x, origin, inverse)
+    return scale, minimum, _codes(x, origin, inverse, largest)
 
 
-def _codes(
-    x: Float32[Tensor, "32 blocks 8"], origin: Float32[Tensor, "blocks 8"], inverse: Float32[Tensor, "blocks 8"]
-) -> Float32[Tensor, "32 blocks 8"]:
-    return (x - origin).mul_(inverse).round_().clamp_(0, 15)
+def _codes(x: Tensor, origin: Tensor, inverse: Tensor, largest: int) -> Float32[Tensor, "32 blocks 8"]:
+    return (x - origin).mul_(inverse).round_().clamp_(0, largest)
 
 
 def _square(x: Float32[Tensor, "positions blocks parts"]) -> Float32[Tensor, "positions blocks parts"]:
@@ -78,26 +79,36 @@ def _square(x: Float32[Tensor, "positions blocks parts"]) -> Float32[Tensor, "po
 
 def pack_q4_k(blocks: Float32[Tensor, "blocks 256"]) -> UInt8[Tensor, "blocks 144"]:
     """A block: scale and minimum as halves, 8 of each at 6 bits in 12 bytes, then 256 codes at 4 bits."""
+    scales, codes = _scales_and_codes(blocks, 15)
+    return torch.cat((scales, _nibbles(codes)), 1)
+
+
+def pack_q5_k(blocks: Float32[Tensor, "blocks 256"]) -> UInt8[Tensor, "blocks 176"]:
+    """As `pack_q4_k`, but before the codes their fifth bits in 32 bytes, one of each sub-block in a byte."""
+    scales, codes = _scales_and_codes(blocks, 31)
+    fifth = (codes >> 4 << torch.arange(8, dtype=torch.uint8, device=codes.device)[:, None]).sum(1, dtype=torch.uint8)
+    return torch.cat((scales, fifth, _nibbles(codes & 15)), 1)
+
+
+def _scales_and_codes(
+    blocks: Float32[Tensor, "blocks 256"], largest: int
+) -> tuple[UInt8[Tensor, "blocks 16"], UInt8[Tensor, "blocks 8 32"]]:
     x = blocks.view(-1, 8, 32).permute(2, 0, 1).contiguous()
-    scale, minimum, codes = _search_scale_and_minimum(x)
+    scale, minimum, codes = _search_scale_and_minimum(x, largest)
     step, scale_codes = _six_bits(scale)
     minimum_step, minimum_codes = _six_bits(-minimum)
     scale = step.float() * scale_codes
     codes = torch.where(scale == 0, codes, ((x + minimum_step.float() * minimum_codes) / scale).round_())
-    nibbles = codes.clamp_(0, 15).to(torch.uint8).permute(1, 2, 0).reshape(-1, 4, 2, 32)
     low, high = scale_codes.to(torch.uint8).split(4, 1)
     minimum_low, minimum_high = minimum_codes.to(torch.uint8).split(4, 1)
-    return torch.cat(
-        (
-            step.view(torch.uint8),
-            minimum_step.view(torch.uint8),
-            low | high >> 4 << 6,
-            minimum_low | minimum_high >> 4 << 6,
-            high & 15 | minimum_high << 4,
-            (nibbles[:, :, 0] | nibbles[:, :, 1] << 4).flatten(1),
-        ),
-        1,
-    )
+    steps = (step.view(torch.uint8), minimum_step.view(torch.uint8))
+    bits = (low | high >> 4 << 6, minimum_low | minimum_high >> 4 << 6, high & 15 | minimum_high << 4)
+    return torch.cat((*steps, *bits), 1), codes.clamp_(0, largest).to(torch.uint8).permute(1, 2, 0)
+
+
+def _nibbles(codes: UInt8[Tensor, "blocks 8 32"]) -> UInt8[Tensor, "blocks 128"]:
+    pairs = codes.reshape(-1, 4, 2, 32)
+    return (pairs[:, :, 0] | pairs[:, :, 1] << 4).flatten(1)
 
 
 def _six_bits(parts: Float32[Tensor, "blocks 8"]) -> tuple[Tensor, Float32[Tensor, "blocks 8"]]:
@@ -108,12 +119,26 @@ def _six_bits(parts: Float32[Tensor, "blocks 8"]) -> tuple[Tensor, Float32[Tenso
 
 def unpack_q4_k(blocks: UInt8[Tensor, "blocks 144"]) -> Float32[Tensor, "blocks 256"]:
     """The values of `pack_q4_k`; ggml's dequantize_row_q4_K."""
-    step, minimum_step = blocks[:, :4].clone().view(torch.float16).float().split(1, 1)
-    low, minimum_low, high = blocks[:, 4:16].split(4, 1)
+    return _scaled(blocks[:, :16], _four_bits(blocks[:, 16:]))
+
+
+def unpack_q5_k(blocks: UInt8[Tensor, "blocks 176"]) -> Float32[Tensor, "blocks 256"]:
+    """The values of `pack_q5_k`; ggml's dequantize_row_q5_K."""
+    places = torch.arange(8, dtype=torch.uint8, device=blocks.device)[:, None]
+    fifth = blocks[:, None, 16:48] >> places & 1
+    return _scaled(blocks[:, :16], _four_bits(blocks[:, 48:]) | fifth << 4)
+
+
+def _four_bits(nibbles: UInt8[Tensor, "blocks 128"]) -> UInt8[Tensor, "blocks 8 32"]:
+    pairs = nibbles.reshape(-1, 4, 1, 32)
+    return torch.cat((pairs & 15, pairs >> 4), 2).view(-1, 8, 32)
+
+
+def _scaled(scales: UInt8[Tensor, "blocks 16"], codes: UInt8[Tensor, "blocks 8 32"]) -> Float32[Tensor, "blocks 256"]:
+    step, minimum_step = scales[:, :4].clone().view(torch.float16).float().split(1, 1)
+    low, minimum_low, high = scales[:, 4:].split(4, 1)
     scale = step * torch.cat((low & 63, high & 15 | low >> 6 << 4), 1)
     minimum = minimum_step * torch.cat((minimum_low & 63, high >> 4 | minimum_low >> 6 << 4), 1)
-    nibbles = blocks[:, 16:].reshape(-1, 4, 1, 32)
-    codes = torch.cat((nibbles & 15, nibbles >> 4), 2).view(-1, 8, 32)
     return (scale[:, :, None] * codes - minimum[:, :, None]).flatten(1)
 
 

@@ -186,9 +186,12 @@ static const struct processor NAME(processor) = {
     NAME(gated),
     NAME(clamped),
     NAME(expand),
-    {NAME(rows_f32), NAME(rows_bf16), NAME(rows_f16), NAME(rows_q8_0), NAME(rows_q4_0), NAME(rows_q4_k), NAME(rows_q6_k)},
+    {[F32] = NAME(rows_f32), [BF16] = NAME(rows_bf16), [F16] = NAME(rows_f16), [Q8_0] = NAME(rows_q8_0),
+     [Q4_0] = NAME(rows_q4_0), [Q4_1] = NAME(rows_q4_1), [Q5_0] = NAME(rows_q5_0), [Q5_1] = NAME(rows_q5_1),
+     [IQ4_NL] = NAME(rows_iq4_nl), [Q3_K] = NAME(rows_q3_k), [Q4_K] = NAME(rows_q4_k), [Q5_K] = NAME(rows_q5_k),
+     [Q6_K] = NAME(rows_q6_k), [IQ4_XS] = NAME(rows_iq4_xs)},
 #if VNNI512
-    {[Q8_0] = NAME(tile_q8_0), [Q4_0] = NAME(tile_q4_0)},
+    {[Q8_0] = NAME(tile_q8_0), [Q4_0] = NAME(tile_q4_0), [Q5_0] = NAME(tile_q5_0), [IQ4_NL] = NAME(tile_iq4_nl)},
     NAME(panel),
     NAME(by_panel),
 #else

@@ -154,7 +154,8 @@ static void multiply_linear(void *argument) {
 
 /* Tokens from which on making panels takes less time than it saves: measured, 3072 x 1024 on two cores (Zen 5). More than
    FEW_TOKENS of halves.py, up to which a token gets the same bits as alone. */
-static const long MANY[KINDS] = {[Q8_0] = 14, [Q4_0] = 14, [Q4_K] = 9, [Q6_K] = 9};
+static const long MANY[KINDS] = {
+    [Q8_0] = 14, [Q4_0] = 14, [Q4_1] = 9, [Q5_0] = 9, [Q5_1] = 9, [IQ4_NL] = 9, [Q3_K] = 9, [Q4_K] = 9, [Q5_K] = 9, [Q6_K] = 9, [IQ4_XS] = 9};
 
 /* fp32 x times a matrix, row by row of it. */
 static int few_rows(const struct matrix *matrix, const float *x, long columns, long tokens, int threads) {

@@ -11,7 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-KINDS = {"F32": 0, "BF16": 1, "F16": 2, "Q8_0": 3, "Q4_0": 4, "Q4_K": 5, "Q6_K": 6}
+KINDS = {
+    kind: number
+    for number, kind in enumerate("F32 BF16 F16 Q8_0 Q4_0 Q4_K Q6_K Q4_1 Q5_0 Q5_1 IQ4_NL Q3_K Q5_K IQ4_XS".split())
+}
+"""enum kind of processors.h."""
 FLOATS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 PLAIN, AVX2, AVX512 = 0, 1, 2
 ROUTE, USE, SUM = 1, 2, 3

@@ -15,7 +15,7 @@ from layers.kernels.block_formats import BLOCK_FORMATS
 from layers.kernels.many_rows import in_eights
 from layers.precision import multiplies_bf16_fast
 
-FEW_ROWS = {"Q8_0": 48, "Q4_0": 48, "Q4_K": 20, "Q6_K": 20}
+FEW_ROWS = {**dict.fromkeys(BLOCK_FORMATS, 20), "Q8_0": 48, "Q4_0": 48}
 """Rows up to which the native product is the faster where processors have no `panels.h`; beyond, expanding the weight
 costs less than it saves. Measured on two cores, 3072 x 1024; us, native / expanded, Q4_0: 51/383 for one row, 622/652
 for 48."""
@@ -34,8 +34,9 @@ def packed_product(
     On a CPU rows are rounded to int8, one scale for 32 values, as llama.cpp does; sums are in fp32. Without AVX-512
     VNNI that holds for up to `FEW_ROWS` rows; more, and the weight, are multiplied in bf16 where the processor does
     that fast. On a GPU up to `FEW_ROWS_CUDA` rows are multiplied as they are, with sums in fp32, by Triton where it is
-    installed; with more, fp32 activations and the weight are rounded to bf16 where the GPU has that (others multiply in
-    their own dtype). Elsewhere, and where x needs a gradient, the weight is expanded to x's dtype.
+    installed and knows the format; with more, fp32 activations and the weight are rounded to bf16 where the GPU has
+    that (others multiply in their own dtype). Elsewhere, and where x needs a gradient, the weight is expanded to x's
+    dtype.
     ValueError where the shapes do not fit.
     """
     if BLOCK_FORMATS[kind].row_bytes(x.shape[-1]) != weight.shape[1]:
@@ -66,7 +67,7 @@ def _product_on_cpu(rows: Tensor, weight: Tensor, kind: str) -> Tensor:
 
 def _product_elsewhere(rows: Tensor, weight: Tensor, kind: str) -> Tensor:
     """By Triton where it serves."""
-    kernels = triton_kernels(rows.device)
+    kernels = triton_kernels(rows.device, kind)
     if kernels is not None and len(rows) <= FEW_ROWS_CUDA and rows.dtype in TRITON_DTYPES:
         return kernels.triton_product(rows, weight, kind)
     wide = torch.bfloat16 if rows.dtype == torch.float32 and _has_bf16(rows.device) else rows.dtype
@@ -78,9 +79,10 @@ def _has_bf16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def triton_kernels(device: torch.device) -> ModuleType | None:
+def triton_kernels(device: torch.device, kind: str) -> ModuleType | None:
     """The module of Triton kernels where they serve; not while a model is compiled, which knows torch's operators."""
-    return _triton_kernels() if device.type == "cuda" and not torch.compiler.is_compiling() else None
+    kernels = _triton_kernels() if device.type == "cuda" and not torch.compiler.is_compiling() else None
+    return kernels if kernels is not None and kind in kernels.WORDS else None
 
 
 @cache
@@ -95,7 +97,7 @@ def _triton_kernels() -> ModuleType | None:
 
 def _expanded_elsewhere(weight: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
     """Not by the native kernels."""
-    kernels = triton_kernels(weight.device)
+    kernels = triton_kernels(weight.device, kind)
     if kernels is not None and dtype in TRITON_DTYPES:
         return kernels.triton_expand(weight, kind, dtype)
     return BLOCK_FORMATS[kind].unpack(weight, dtype)

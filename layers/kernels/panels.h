@@ -1,9 +1,9 @@
 /* Packed weights times many vectors of int8: 32 rows of weights at a time are put into a panel, in the order in which the
    processor multiplies them, and stay in its cache for all the vectors. Included by kernels.h for AVX-512 VNNI.
 
-   A panel is a sequence of groups of values under one scale, 32 of them or for Q6_K 16. A group: for each four values
+   A panel is a sequence of groups of values under one scale, 32 of them or 16. A group: for each four values
    those of rows 0 to 15, then of rows 16 to 31; minus 128 times their sum, since activations come 128 too large; their
-   scales; for Q4_K what has to be taken off. */
+   scales; for formats with minimums what has to be taken off. */
 
 struct NAME(group) {
     const __m512i *values, *sums;
@@ -29,7 +29,7 @@ static inline void NAME(turn)(const int8_t *rows, long step, __m512i *to) {
 /* `count` rows, at most 32, that lie `bytes` apart; those that are missing are zeros. */
 static void NAME(panel)(int kind, const uint8_t *weight, long bytes, int count, long columns, char *panel) {
     void (*const integers)(const uint8_t *, int8_t *, float *, float *) = NAME(integers)[kind];
-    const int values = FORMATS[kind].values, fours = kind == Q6_K ? 4 : 8, groups = values / (4 * fours);
+    const int values = FORMATS[kind].values, fours = FORMATS[kind].scaled / 4, groups = values / (4 * fours);
     int8_t codes[32][256] = {{0}};
     float scales[32][16] = {{0}}, minimums[32][8] = {{0}};
     for (long block = 0; block < columns / values; block++) {
@@ -96,7 +96,7 @@ static inline __attribute__((always_inline)) void NAME(multiply_panel)(const cha
 }
 
 static void NAME(by_panel)(int kind, const char *panel, long columns, const struct many_vectors *x, long first, float *out) {
-    if (kind == Q4_K) NAME(multiply_panel)(panel, columns, 8, 1, x, first, out);
-    else if (kind == Q6_K) NAME(multiply_panel)(panel, columns, 4, 0, x, first, out);
+    if (FORMATS[kind].minimums) NAME(multiply_panel)(panel, columns, 8, 1, x, first, out);
+    else if (FORMATS[kind].scaled == 16) NAME(multiply_panel)(panel, columns, 4, 0, x, first, out);
     else NAME(multiply_panel)(panel, columns, 8, 0, x, first, out);
 }

@@ -1,6 +1,6 @@
 /* What differs from processor to processor: kernels.h compiled for each kind of it, and the choice at run time. */
 
-enum kind { F32, BF16, F16, Q8_0, Q4_0, Q4_K, Q6_K, KINDS };
+enum kind { F32, BF16, F16, Q8_0, Q4_0, Q4_K, Q6_K, Q4_1, Q5_0, Q5_1, IQ4_NL, Q3_K, Q5_K, IQ4_XS, KINDS };
 
 /* Value `index` of an array of floats of some kind. */
 static inline void *item(void *array, int kind, long index) { return (char *)array + index * (kind == F32 ? 4 : 2); }
@@ -24,8 +24,9 @@ struct many_vectors {
 #define QUANTIZED 128 /* values that the kernels take at once */
 static inline long quantized(long columns) { return (columns + QUANTIZED - 1) / QUANTIZED * QUANTIZED; }
 
+/* Values and bytes of a block, values under one scale, and whether minimums are taken off. */
 struct format {
-    int values, bytes;
+    int values, bytes, scaled, minimums;
 };
 
 /* For `time` tokens in each row of a batch, one after the other in query, out and bias; strides are in values. */

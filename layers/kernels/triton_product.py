@@ -1,8 +1,9 @@
 """Products with packed weights, and their expansion, on a GPU: Triton kernels that read ggml's blocks as they lie.
 
-A weight is read in words of 16 bits, or of 32 in Q4_K, whose blocks are whole ones; halves lie on even bytes in all
-formats. A unit is what one thread takes at a time, pairs of values in neighbouring columns that share what they need
-of the block. A pair is two codes in the bytes of a 16-bit number, and each value is scale * (code - offset) - minimum.
+A weight is read in words of 16 bits, or of 32 in Q4_K and Q5_K, whose blocks are whole ones; halves lie on even bytes
+in all formats. A unit is what one thread takes at a time, pairs of values in neighbouring columns that share what they
+need of the block. A pair is two codes in the bytes of a 16-bit number, and each value is
+scale * (code - offset) - minimum.
 """
 
 from typing import no_type_check
@@ -15,8 +16,16 @@ from torch import Tensor
 
 from layers.kernels.block_formats import BLOCK_FORMATS
 
-WORDS = {"Q8_0": torch.uint16, "Q4_0": torch.uint16, "Q4_K": torch.uint32, "Q6_K": torch.uint16}
-UNIT_VALUES = {"Q8_0": 8, "Q4_0": 8, "Q4_K": 16, "Q6_K": 16}
+WORDS = {
+    "Q8_0": torch.uint16,
+    "Q4_0": torch.uint16,
+    "Q5_0": torch.uint16,
+    "Q4_K": torch.uint32,
+    "Q5_K": torch.uint32,
+    "Q6_K": torch.uint16,
+}
+"""Of the formats that there are kernels for."""
+UNIT_VALUES = {"Q8_0": 8, "Q4_0": 8, "Q5_0": 8, "Q4_K": 16, "Q5_K": 16, "Q6_K": 16}
 """Values in a unit."""
 TILE = 64
 """Units of a row that a program reads at once, one for each of its threads."""
@@ -40,9 +49,9 @@ def _column(unit, pair: tl.constexpr, kind: tl.constexpr):
     """The first column of a unit's pair."""
     if kind == "Q8_0":
         return unit * 8 + pair * 2
-    if kind == "Q4_0":
+    if kind == "Q4_0" or kind == "Q5_0":
         return unit // 4 * 32 + unit % 4 * 4 + pair % 2 * 2 + pair // 2 * 16
-    if kind == "Q4_K":
+    if kind == "Q4_K" or kind == "Q5_K":
         return unit // 4 * 64 + unit % 4 * 8 + pair % 4 * 2 + pair // 4 * 32
     return unit // 8 * 128 + unit % 8 * 4 + pair % 2 * 2 + pair // 2 * 32
 
@@ -61,11 +70,23 @@ def _pair(row, start, unit, live, pair: tl.constexpr, kind: tl.constexpr):
         codes = tl.load(block + 1 + unit % 4 * 2 + pair % 2, live, 0).to(tl.int32) >> pair // 2 * 4 & 0x0F0F
         scale = _half(tl.load(block, live, 0))
         minimum = 0.0
-    elif kind == "Q4_K":
-        block = row + (start + unit // 16 * 36)
-        codes = tl.load(block + 4 + unit % 16 * 2 + pair % 4 // 2, live, 0) >> (pair % 2 * 16 + pair // 4 * 4) & 0x0F0F
+    elif kind == "Q5_0":
+        block = row + (start + unit // 4 * 11)
+        codes = tl.load(block + 3 + unit % 4 * 2 + pair % 2, live, 0).to(tl.int32) >> pair // 2 * 4 & 0x0F0F
+        fifth = tl.load(block + 1 + pair // 2, live, 0).to(tl.int32) >> (unit % 4 * 4 + pair % 2 * 2)
+        codes |= (fifth & 1) << 4 | (fifth & 2) << 11
+        scale = _half(tl.load(block, live, 0))
+        minimum = 0.0
+    elif kind == "Q4_K" or kind == "Q5_K":
+        block = row + (start + unit // 16 * (44 if kind == "Q5_K" else 36))
+        first: tl.constexpr = 12 if kind == "Q5_K" else 4
+        codes = tl.load(block + first + unit % 16 * 2 + pair % 4 // 2, live, 0)
+        codes = codes >> (pair % 2 * 16 + pair // 4 * 4) & 0x0F0F
         # Sub-block 0..7 of the block; its 6-bit scale and minimum, the upper 2 bits of 4..7 being above those of 0..3.
         part = unit % 16 // 4 * 2 + pair // 4
+        if kind == "Q5_K":
+            fifth = tl.load(block + 4 + unit % 4 * 2 + pair % 4 // 2, live, 0) >> pair % 2 * 16
+            codes |= (fifth >> part & 0x0101) << 4
         low = tl.load(block + 1, live, 0) >> part % 4 * 8
         low_minimum = tl.load(block + 2, live, 0) >> part % 4 * 8
         high = tl.load(block + 3, live, 0) >> part % 4 * 8
@@ -93,7 +114,9 @@ def _code(codes, byte: tl.constexpr, kind: tl.constexpr):
 
     2^23 plus a whole number below it is the float that has that number as its last bits, so no conversion is needed.
     """
-    offset: tl.constexpr = 128 if kind == "Q8_0" else 8 if kind == "Q4_0" else 32 if kind == "Q6_K" else 0
+    offset: tl.constexpr = (
+        128 if kind == "Q8_0" else 8 if kind == "Q4_0" else 16 if kind == "Q5_0" else 32 if kind == "Q6_K" else 0
+    )
     number = (codes & (0xFF << 8 * byte) | 0x4B000000).to(tl.float32, bitcast=True)
     return number - (8388608.0 + (offset << 8 * byte))
 
@@ -133,7 +156,7 @@ def product_kernel(
             odd = tl.load(x_row + column + 1, live, 0.0).to(tl.float32)
             change = _code(codes, 0, kind)[None] * even[:, None] + _code(codes, 1, kind)[None] * (odd / 256)[:, None]
             total += scale[None] * change
-            if kind == "Q4_K":
+            if kind == "Q4_K" or kind == "Q5_K":
                 total -= minimum[None] * (even + odd)[:, None]
     place = token[:, None].to(tl.int64) * out_features + number[None, :]
     tl.store(out + place, tl.sum(total, 2), (token < x_rows)[:, None] & (number < out_features)[None, :])
@@ -170,7 +193,7 @@ def expand_kernel(
 def triton_product(
     x: Float[Tensor, "rows in_features"], weight: UInt8[Tensor, "out_features row_bytes"], kind: str
 ) -> Float[Tensor, "rows out_features"]:
-    """x W^T for a weight in one of `BLOCK_FORMATS`, exact but for the order of fp32 sums, rounded to x's dtype."""
+    """x W^T for a weight in a format of `WORDS`, exact but for the order of fp32 sums, rounded to x's dtype."""
     words, x = _words(weight, kind), x.contiguous()
     out = x.new_empty(len(x), len(weight))
     some_x = min(triton.next_power_of_2(max(len(x), 1)), 8)
