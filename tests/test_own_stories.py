@@ -4,6 +4,7 @@ import argparse
 import importlib
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def tool() -> Any:
         ("They sat under", "Lily laughed and cleaned his face with a towel. They sat under"),
         ("with a towel", "with a towel, with a towel, with a towel, with a towel"),
         ("with a towel", "with the towel and the towel"),
+        ("Lily laughed", "Lily and Lily laughed"),
         ("Lily gave him", "Lily asked his mom and gave him"),
         (STORY[60:], "Lily was glad to see Lily."),
     ],
@@ -91,28 +93,59 @@ def run(tool: Any, folder: Path, answers: int, others: int) -> list[dict[str, An
         "".join(json.dumps({"text": f"{STORY} Number {number}."}) + "\n" for number in range(5)), encoding="utf-8"
     )
     arguments = argparse.Namespace(
-        model=folder, data=folder / "train.jsonl", output=folder / "own" / "train.jsonl", answers=answers, seed=3
-    )
-    assert tool.write_kept(argparse.Namespace(**vars(arguments), others=others)) == 0
+        model=folder, data=folder / "train.jsonl", output=folder / "own" / "train.jsonl", answers=answers, seed=3,
+        share=0.5, copies=2, others=others,
+    )  # fmt: skip
+    assert tool.write_kept(arguments) == 0
     return [json.loads(line) for line in arguments.output.read_text(encoding="utf-8").splitlines()]
 
 
-def test_the_file_has_what_was_kept_and_others(tool, monkeypatch, tmp_path, capsys) -> None:
+@pytest.fixture
+def story_teller(tool, monkeypatch) -> None:
     monkeypatch.setattr(tool, "load_model", lambda _: _Model())
+    monkeypatch.setattr(tool, "threads", lambda _, stories: [0.0] * len(stories))
+
+
+@pytest.mark.usefixtures("story_teller")
+def test_the_file_has_the_best_of_what_was_kept_under_other_names_and_others(tool, tmp_path, capsys) -> None:
     entries = run(tool, tmp_path, answers=150, others=3)
     answers = [entry["messages"] for entry in entries if "messages" in entry]
     assert len(entries) - len(answers) == 3
-    assert 0 < len(answers) < 150
-    assert f"{len(answers)} of 150 answers were kept" in capsys.readouterr().out
-    for messages in answers:
-        assert messages[-1] == {"role": "assistant", "content": STORY}
-        assert messages[-2]["role"] == "user"
+    printed = re.search(r"(\d+) of 150 answers were kept, (\d+) of these chosen", capsys.readouterr().out)
+    kept, best = (int(number) for number in printed.groups())
+    assert 0 < best == round(kept / 2) < 75
+    assert len(answers) == 2 * best
+    for *_, request, answer in answers:
+        assert (request["role"], answer["role"]) == ("user", "assistant")
+        name = re.search(r"who lived with (\w+)\.", answer["content"])[1]
+        assert name != "Lily"
+        assert answer["content"] == STORY.replace("Lily", name)
+        assert "Lily" not in request["content"]
     assert {len(messages) for messages in answers} == {2, 3}
     assert run(tool, tmp_path, answers=150, others=3) == entries
 
 
+def test_a_name_that_was_asked_for_is_changed_in_the_request_as_well(tool) -> None:
+    asked = tool.Request("Tell me about Lily.", people=("Lily",))
+    request, answer = json.loads(tool.conversation(asked, STORY, random.Random(2)))["messages"][-2:]
+    name = re.fullmatch(r"Tell me about (\w+)\.", request["content"])[1]
+    assert name != "Lily"
+    assert answer["content"] == STORY.replace("Lily", name)
+    asked = tool.Request("Tell me about a lily.")
+    request, answer = json.loads(tool.conversation(asked, STORY, random.Random(2)))["messages"][-2:]
+    assert request["content"] == asked.text
+    assert "Lily" not in answer["content"]
+
+
+def test_the_best_threads_are_chosen(tool, monkeypatch) -> None:
+    monkeypatch.setattr(tool, "threads", lambda _, stories: [float(story) for story in stories])
+    kept = [(None, number) for number in ("3", "1", "5", "2")]
+    assert tool.best_threads(None, kept, 0.5) == [(None, "5"), (None, "3")]
+    assert tool.best_threads(None, [], 0.5) == []
+
+
+@pytest.mark.usefixtures("story_teller")
 def test_answers_that_found_no_end_are_left_out(tool, monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(tool, "load_model", lambda _: _Model())
     monkeypatch.setattr(tool, "LONGEST", len(STORY.split()) + 1)
     assert run(tool, tmp_path, answers=64, others=0) == []
 

@@ -1,9 +1,10 @@
 """Let a story model answer random requests, and keep the answers that keep to what was asked for, to train on.
 
-    python tools/own_stories.py MODEL --data data/tiny-variants-2/train.jsonl -o data/own.jsonl --answers 60000
+    python tools/own_stories.py MODEL --data data/tiny-variants-2/train.jsonl -o data/own.jsonl --answers 20000
 
-Things are asked for by how often the stories of the data name them. Training on the best of a model's own answers:
-Touvron et al., Llama 2 (2023), section 3.2.3, "rejection sampling".
+Of the answers kept those that keep their thread best (story_thread.py) are written, each more than once under other
+names, so that names do not grow alike. Training on the best of a model's own answers: Touvron et al., Llama 2 (2023),
+section 3.2.3, "rejection sampling".
 """
 
 import argparse
@@ -17,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from story_requests import ADJECTIVES, NAME_CHANCE, REQUESTS, SYSTEM_CHANCE, THING, THINGS, messages
+from story_thread import threads
 from tqdm import tqdm
-from vary_stories import FLATTEN, WORDS, plural
+from vary_stories import FLATTEN, WORDS, plural, rename
 
 from causallm import load_model
 from causallm.causal_lm import CausalLM
@@ -29,12 +31,15 @@ LONGEST = 280
 """Tokens; an answer that is longer did not find its end."""
 SHORTEST = 250
 """Characters."""
-SAMPLING = {"temperature": 0.7, "top_k": 40, "repetition_penalty": 1.03}
+SAMPLING = {"temperature": 0.75, "top_k": 40, "repetition_penalty": 1.03}
 """Somewhat warmer than the model's own, so that answers differ."""
+EVENNESS = 0.3
+"""Things are asked for by how often the data name them to this power: rare ones nearly as often as frequent ones."""
 ADJECTIVE_CHANCE = 0.3
 OPENINGS = 0.04
 """How often the first words of a story are asked for: answers to these are kept four times as often as others."""
 ROWS = 64
+BETWEEN = "\n\0\n"
 SENTENCES = re.compile(r"(?<=[.!?])\"?\s")
 GIRLS, BOYS = "|".join(WORDS["girls"]), "|".join(WORDS["boys"])
 NAME = re.compile(rf"\b(?:{GIRLS}|{BOYS})\b")
@@ -42,6 +47,7 @@ MUDDLED = re.compile(
     rf"\b(a|an|the|his|her|their) (\w+) and \1 \2\b"  # her dolls and her dolls
     rf"|\b(?:{BOYS})\b(?:(?!{GIRLS}|girl|sister|[.!?]).)*\bher (?:mom|mum|dad|parents|toys|room|bed)"  # Tim and her mom
     rf"|\b(?:{GIRLS})\b(?:(?!{BOYS}|boy|brother|[.!?]).)*\bhis (?:mom|mum|dad|parents|toys|room|bed)"
+    rf"|\b({GIRLS}|{BOYS}) and \3\b"
 )
 
 
@@ -72,7 +78,7 @@ class Requests:
         named = Counter(THINGS[form] for story in stories for _, form in THING.findall(story.lower()))
         self.draw = draw
         self.openings = stories
-        self.weights = {thing: count**0.5 for thing, count in named.items() if count > 1}
+        self.weights = {thing: count**EVENNESS for thing, count in named.items() if count > 1}
 
     def next(self) -> Request:
         """The first words of a story, or a request for one to two things, a quarter of them with a person."""
@@ -121,29 +127,47 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, help="train.jsonl of prepare_stories.py")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--answers", type=int, default=30000, help="how many to choose from")
+    parser.add_argument("--share", type=float, default=0.6, help="of those kept, the ones with the best thread")
+    parser.add_argument("--copies", type=int, default=2, help="how often each is written, under other names")
     parser.add_argument("--others", type=int, default=2500, help="how many entries of the data to mix in")
     parser.add_argument("--seed", type=int, default=1)
     return reporting_errors(lambda: write_kept(parser.parse_args()))
 
 
 def write_kept(args: argparse.Namespace) -> int:
-    """Write the answers that were kept, a conversation a line."""
+    """Write the best of the answers that were kept, a conversation a line."""
     lines = args.data.read_text(encoding="utf-8").splitlines()
     stories = [entry["text"] for entry in map(json.loads, lines) if "text" in entry]
     if not stories:
         raise ValueError(f'{args.data} holds no entry with "text", expected train.jsonl of prepare_stories.py')
-    draw = random.Random(args.seed)
-    kept = [
-        json.dumps({"messages": messages(request.text, answer, draw.random() < SYSTEM_CHANCE)}, ensure_ascii=False)
-        for request, answer in chosen(load_model(args.model), Requests(stories, draw), args.answers, draw)
-    ]
-    mixed = [*kept, *draw.sample(lines, min(args.others, len(lines)))]
+    draw, model = random.Random(args.seed), load_model(args.model)
+    kept = list(chosen(model, Requests(stories, draw), args.answers, draw))
+    best = best_threads(model, kept, args.share)
+    mixed = [conversation(*pair, draw) for pair in best for _ in range(args.copies)]
+    mixed += draw.sample(lines, min(args.others, len(lines)))
     draw.shuffle(mixed)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(args.output) as file:
         file.write("".join(f"{line}\n" for line in mixed).encode())
-    print(f"{args.output}: {len(kept)} of {args.answers} answers were kept, {len(mixed)} documents in all")
+    print(
+        f"{args.output}: {len(kept)} of {args.answers} answers were kept, {len(best)} of these chosen, "
+        f"{len(mixed)} documents in all"
+    )
     return 0
+
+
+def best_threads(model: CausalLM, kept: Sequence[tuple[Request, str]], share: float) -> list[tuple[Request, str]]:
+    """Those of which the model foretells the second half best when it knows the first."""
+    ranked = sorted(zip(threads(model, [answer for _, answer in kept]), range(len(kept)), strict=True), reverse=True)
+    return [kept[number] for _, number in ranked[: round(share * len(kept))]]
+
+
+def conversation(request: Request, answer: str, draw: random.Random) -> str:
+    """A line of the data: the answer, and where it was asked for with names the request too, under other names."""
+    asked = request.text if request.people or request.opening else ""
+    renamed, told = rename(f"{asked}{BETWEEN}{answer}", draw).split(BETWEEN)
+    turns = messages(renamed or request.text, told, draw.random() < SYSTEM_CHANCE)
+    return json.dumps({"messages": turns}, ensure_ascii=False)
 
 
 def chosen(model: CausalLM, requests: Requests, answers: int, draw: random.Random) -> Iterator[tuple[Request, str]]:

@@ -1,0 +1,58 @@
+"""How well stories keep their thread: how much better a model foretells the second half of one that knows the first.
+
+A story whose second half could follow any other scores low, however smooth it is. Pointwise mutual information, as in
+Li et al., A Diversity-Promoting Objective Function for Neural Conversation Models (2016), here of a story's halves.
+"""
+
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from causallm.causal_lm import CausalLM
+
+MARK = "<|endoftext|>"
+"""What stands before a text in the data."""
+ROWS = 32
+SENTENCE_END = re.compile(r"[.!?]\"?(?=\s)")
+
+
+def halves(story: str) -> tuple[str, str]:
+    """A story divided after the sentence that ends nearest to its middle; the second half begins with white space."""
+    ends = [match.end() for match in SENTENCE_END.finditer(story)] or [len(story)]
+    middle = min(ends, key=lambda end: abs(end - len(story) / 2))
+    return story[:middle], story[middle:]
+
+
+def threads(model: CausalLM, stories: Sequence[str]) -> list[float]:
+    """For each story, by how many nats a token its second half is likelier after the first than after nothing."""
+    mark = model.tokenizer.token_id(MARK)
+    if mark is None:
+        raise ValueError(f"the model's tokenizer has no {MARK}, expected a model trained on texts divided by it")
+    pairs = [tuple(map(model.tokenizer.encode, halves(story))) for story in stories]
+    known = _log_likelihoods(model, [([mark, *first], second) for first, second in pairs])
+    alone = _log_likelihoods(model, [([mark], second) for _, second in pairs])
+    return [(a - b) / max(1, len(second)) for a, b, (_, second) in zip(known, alone, pairs, strict=True)]
+
+
+def _log_likelihoods(model: CausalLM, asked: Sequence[tuple[list[int], list[int]]]) -> list[float]:
+    """Of each second list of tokens after the first; those of like length are computed together."""
+    found = [0.0] * len(asked)
+    order = sorted(range(len(asked)), key=lambda number: len(asked[number][0]) + len(asked[number][1]))
+    for begin in range(0, len(order), ROWS):
+        numbers = order[begin : begin + ROWS]
+        ids = _padded([asked[number][0] + asked[number][1] for number in numbers])
+        with torch.inference_mode():
+            scores = model(ids[:, :-1]).float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+        for row, number in enumerate(numbers):
+            before, after = map(len, asked[number])
+            found[number] = float(scores[row, before - 1 : before + after - 1].sum())
+    return found
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    for row, tokens in zip(ids, rows, strict=True):
+        row[: len(tokens)] = torch.tensor(tokens)
+    return ids
