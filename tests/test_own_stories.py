@@ -5,6 +5,7 @@ import importlib
 import json
 import random
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -78,14 +79,11 @@ def test_requests_ask_for_what_the_stories_tell_of(tool) -> None:
     assert any("a red " in request.text for request in asked)
 
 
-class _Model:
-    """Answers all requests with one story; its tokens are words."""
-
-    tokenizer = argparse.Namespace(encode=str.split)
-
-    def generate_text(self, prompts: list[str], **options: Any) -> list[str]:
-        assert options["seed"] >= 0
-        return [STORY for _ in prompts]
+def answered(model: Any, requests: list[str], config: Any, guidance: float, seed: int) -> list[str | None]:
+    """All requests get one story, and every eighth has no end."""
+    assert (config.max_new_tokens, config.eos_token_id, guidance) == (280, (0, 2), 1.5)
+    assert seed >= 0
+    return [None if number % 8 == 0 else STORY for number, _ in enumerate(requests)]
 
 
 def run(tool: Any, folder: Path, answers: int, others: int) -> list[dict[str, Any]]:
@@ -94,7 +92,7 @@ def run(tool: Any, folder: Path, answers: int, others: int) -> list[dict[str, An
     )
     arguments = argparse.Namespace(
         model=folder, data=folder / "train.jsonl", output=folder / "own" / "train.jsonl", answers=answers, seed=3,
-        share=0.5, copies=2, others=others,
+        share=0.5, copies=2, others=others, guidance=1.5,
     )  # fmt: skip
     assert tool.write_kept(arguments) == 0
     return [json.loads(line) for line in arguments.output.read_text(encoding="utf-8").splitlines()]
@@ -102,7 +100,9 @@ def run(tool: Any, folder: Path, answers: int, others: int) -> list[dict[str, An
 
 @pytest.fixture
 def story_teller(tool, monkeypatch) -> None:
-    monkeypatch.setattr(tool, "load_model", lambda _: _Model())
+    model = argparse.Namespace(generation_config=argparse.Namespace(eos_token_id=(0, 2)))
+    monkeypatch.setattr(tool, "load_model", lambda _: model)
+    monkeypatch.setattr(tool, "guided_answers", answered)
     monkeypatch.setattr(tool, "threads", lambda _, stories: [0.0] * len(stories))
 
 
@@ -114,7 +114,9 @@ def test_the_file_has_the_best_of_what_was_kept_under_other_names_and_others(too
     printed = re.search(r"(\d+) of 150 answers were kept, (\d+) of these chosen", capsys.readouterr().out)
     kept, best = (int(number) for number in printed.groups())
     assert 0 < best == round(kept / 2) < 75
-    assert len(answers) == 2 * best
+    assert 2 * best <= len(answers) <= 4 * best
+    asked = Counter(each[-2]["content"] for each in answers)
+    assert all(count % (4 if "dog" in text and "ball" in text else 2) == 0 for text, count in asked.items())
     for *_, request, answer in answers:
         assert (request["role"], answer["role"]) == ("user", "assistant")
         name = re.search(r"who lived with (\w+)\.", answer["content"])[1]
@@ -146,7 +148,7 @@ def test_the_best_threads_are_chosen(tool, monkeypatch) -> None:
 
 @pytest.mark.usefixtures("story_teller")
 def test_answers_that_found_no_end_are_left_out(tool, monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(tool, "LONGEST", len(STORY.split()) + 1)
+    monkeypatch.setattr(tool, "guided_answers", lambda *_: [None] * 64)
     assert run(tool, tmp_path, answers=64, others=0) == []
 
 

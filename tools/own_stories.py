@@ -2,9 +2,10 @@
 
     python tools/own_stories.py MODEL --data data/tiny-variants-2/train.jsonl -o data/own.jsonl --answers 20000
 
-Of the answers kept those that keep their thread best (story_thread.py) are written, each more than once under other
-names, so that names do not grow alike. Training on the best of a model's own answers: Touvron et al., Llama 2 (2023),
-section 3.2.3, "rejection sampling".
+Answers are guided by the request (guided_answers.py), so that more keep to it. Of those kept the ones that keep their
+thread best (story_thread.py) are written, each more than once under other names, so that names do not grow alike;
+what names two things that were asked for, which is rarer, is written twice as often. Training on the best of a
+model's own answers: Touvron et al., Llama 2 (2023), section 3.2.3, "rejection sampling".
 """
 
 import argparse
@@ -17,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from guided_answers import guided_answers
 from story_requests import ADJECTIVES, NAME_CHANCE, REQUESTS, SYSTEM_CHANCE, THING, THINGS, messages
 from story_thread import threads
 from tqdm import tqdm
@@ -25,13 +27,14 @@ from vary_stories import FLATTEN, WORDS, plural, rename
 from causallm import load_model
 from causallm.causal_lm import CausalLM
 from causallm.cli import reporting_errors
+from causallm.config import GenerationConfig
 from causallm.weights.atomic_file import atomic_file
 
 LONGEST = 280
-"""Tokens; an answer that is longer did not find its end."""
+"""Tokens."""
 SHORTEST = 250
 """Characters."""
-SAMPLING = {"temperature": 0.75, "top_k": 40, "repetition_penalty": 1.03}
+TEMPERATURE, TOP_K = 0.8, 40
 """Somewhat warmer than the model's own, so that answers differ."""
 EVENNESS = 0.3
 """Things are asked for by how often the data name them to this power: rare ones nearly as often as frequent ones."""
@@ -86,7 +89,7 @@ class Requests:
             words = self.draw.choice(self.openings).split()
             return Request(" ".join(words[: self.draw.randint(3, 8)]).rstrip(","), opening=True)
         things = tuple(dict.fromkeys(self.draw.choices([*self.weights], [*self.weights.values()], k=2)))
-        things = things[: self.draw.choice((1, 2, 2))]
+        things = things[: self.draw.choice((1, 2, 2, 2, 2))]
         phrases = tuple(self.phrase(thing) for thing in things)
         listed, people = [f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}" for phrase in phrases], ()
         if self.draw.random() < NAME_CHANCE:
@@ -127,6 +130,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, help="train.jsonl of prepare_stories.py")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--answers", type=int, default=30000, help="how many to choose from")
+    parser.add_argument("--guidance", type=float, default=1.5, help="1 for plain answers (default: %(default)s)")
     parser.add_argument("--share", type=float, default=0.6, help="of those kept, the ones with the best thread")
     parser.add_argument("--copies", type=int, default=2, help="how often each is written, under other names")
     parser.add_argument("--others", type=int, default=2500, help="how many entries of the data to mix in")
@@ -141,9 +145,9 @@ def write_kept(args: argparse.Namespace) -> int:
     if not stories:
         raise ValueError(f'{args.data} holds no entry with "text", expected train.jsonl of prepare_stories.py')
     draw, model = random.Random(args.seed), load_model(args.model)
-    kept = list(chosen(model, Requests(stories, draw), args.answers, draw))
+    kept = list(chosen(model, Requests(stories, draw), args.answers, args.guidance, draw))
     best = best_threads(model, kept, args.share)
-    mixed = [conversation(*pair, draw) for pair in best for _ in range(args.copies)]
+    mixed = [conversation(*pair, draw) for pair in best for _ in range(args.copies * (len(pair[0].things) or 1))]
     mixed += draw.sample(lines, min(args.others, len(lines)))
     draw.shuffle(mixed)
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -170,16 +174,18 @@ def conversation(request: Request, answer: str, draw: random.Random) -> str:
     return json.dumps({"messages": turns}, ensure_ascii=False)
 
 
-def chosen(model: CausalLM, requests: Requests, answers: int, draw: random.Random) -> Iterator[tuple[Request, str]]:
+def chosen(
+    model: CausalLM, requests: Requests, answers: int, guidance: float, draw: random.Random
+) -> Iterator[tuple[Request, str]]:
     """The sound answers that keep to their requests."""
-    options = {"max_new_tokens": LONGEST, **SAMPLING}
+    ends = model.generation_config.eos_token_id
+    config = GenerationConfig(temperature=TEMPERATURE, top_k=TOP_K, max_new_tokens=LONGEST, eos_token_id=ends)
     with tqdm(total=answers, unit=" answers", disable=None) as bar:
         for start in range(0, answers, ROWS):
             asked = [requests.next() for _ in range(min(ROWS, answers - start))]
-            texts = model.generate_text([each.text for each in asked], seed=draw.getrandbits(31), **options)
+            texts = guided_answers(model, [each.text for each in asked], config, guidance, draw.getrandbits(31))
             for request, answer in zip(asked, texts, strict=True):
-                ended = len(model.tokenizer.encode(answer)) < LONGEST - 1
-                if ended and sound(answer) and request.kept(answer):
+                if answer is not None and sound(answer) and request.kept(answer):
                     yield request, answer
             bar.update(len(asked))
 
