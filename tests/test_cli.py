@@ -419,7 +419,7 @@ def test_a_damaged_folder_is_one_line(
         ("MODEL x --set max_len=3", "with max_len=3: unknown key 'max_len'; known are"),
         ("MODEL x --set max_seq_len", "--set: got 'max_seq_len', expected NAME=VALUE"),
         ("MODEL x --set =3", "--set: got '=3', expected NAME=VALUE"),
-        ("MODEL x --set model_tensor_type=Q5_0-FP32", "model_tensor_type is 'Q5_0-FP32', expected one of FP32"),
+        ("MODEL x --set model_tensor_type=Q2_K-FP32", "model_tensor_type is 'Q2_K-FP32', expected one of FP32"),
         ("MODEL x --set bad_word_ids=[9999]", "bad_words_ids: got token id 9999"),
         ("MODEL x --template-var thinking", "--template-var: got 'thinking', expected NAME=VALUE"),
         ("MODEL x --template-var messages=1", "--template-var: messages is the conversation"),

@@ -18,7 +18,7 @@ from layers.activation import ACTIVATIONS
 from layers.embedding_layer import EmbeddingLayer
 from layers.expert_store import ResidentExperts
 from layers.gpt_oss_moe import GptOssExperts, GptOssMoe
-from layers.kernels.block_formats import BLOCK_FORMATS
+from layers.kernels.block_formats import writable
 from layers.kernels.packed_product import FEW_ROWS as FEW_PACKED_ROWS
 from layers.linear import FEW_ROWS, FullyConnected, project
 from layers.lm_head import LmHead, softcap
@@ -102,7 +102,7 @@ def test_no_layer_is_forgotten() -> None:
     assert set(layer_classes()) - checked == set()
 
 
-@pytest.mark.parametrize("kind", BLOCK_FORMATS)
+@pytest.mark.parametrize("kind", writable())
 @pytest.mark.parametrize("rows", [2, max(FEW_PACKED_ROWS.values()) + 1])
 def test_packed_layers_hand_gradients_through(kind: str, rows: int) -> None:
     """By the input and the bias: the packed weight itself is frozen."""
