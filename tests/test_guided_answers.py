@@ -1,11 +1,12 @@
 """tools/guided_answers.py: what guidance does to logits, and plain answers without it."""
 
-import importlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tool_modules import tool_module
 
 from causallm import load_model
 from causallm.config import GenerationConfig
@@ -16,10 +17,8 @@ ENDS = (0, 2)
 
 
 @pytest.fixture(scope="module")
-def tool() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "tools"))
-        yield importlib.import_module("guided_answers")
+def tool() -> Iterator[Any]:
+    yield from tool_module("guided_answers")
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,17 @@
 """tools/own_stories.py: answers are kept that are sound and keep to what was asked for, and nothing else."""
 
 import argparse
-import importlib
 import json
 import random
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tool_modules import tool_module
 
-TOOLS = Path(__file__).resolve().parents[1] / "tools"
 STORY = (
     "Once upon a time, there was a dog named Rex who lived with Lily. One day, Lily gave him a red ball. "
     '"Look, it is for you!" she said. The dog ran far with it and came back with mud on his nose. '
@@ -21,10 +21,8 @@ STORY = (
 
 
 @pytest.fixture(scope="module")
-def tool() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(TOOLS))
-        yield importlib.import_module("own_stories")
+def tool() -> Iterator[Any]:
+    yield from tool_module("own_stories")
 
 
 @pytest.mark.parametrize(

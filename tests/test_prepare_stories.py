@@ -4,13 +4,14 @@ import argparse
 import importlib
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from tool_modules import tool_module
 
-TOOLS = Path(__file__).resolve().parents[1] / "tools"
 STORY = (
     "One day, a dog found a red ball. The dog liked the red ball. He ran with the ball to his mom and said, "
     "\u201cLook!\u201d\n\nThe dog was happy. His mom was happy too, and she threw the ball far away. Number {}. "
@@ -23,10 +24,8 @@ FRIENDS = (
 
 
 @pytest.fixture(scope="module")
-def tool() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(TOOLS))
-        yield importlib.import_module("prepare_stories")
+def tool() -> Iterator[Any]:
+    yield from tool_module("prepare_stories")
 
 
 @pytest.fixture(scope="module")

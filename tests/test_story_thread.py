@@ -1,11 +1,12 @@
 """tools/story_thread.py: a story whose second half follows from its first scores higher than one of two stories."""
 
-import importlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tool_modules import tool_module
 
 from causallm import load_model
 
@@ -20,10 +21,8 @@ STORIES = [
 
 
 @pytest.fixture(scope="module")
-def tool() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "tools"))
-        yield importlib.import_module("story_thread")
+def tool() -> Iterator[Any]:
+    yield from tool_module("story_thread")
 
 
 @pytest.fixture(scope="module")

@@ -152,7 +152,8 @@ static void multiply_linear(void *argument) {
 
 #include "many_vectors.h"
 
-/* Tokens from which on making panels takes less time than it saves: measured, 3072 x 1024 on two cores (Zen 5). More than
+/* Tokens from which on making panels takes less time than it saves: measured, 3072 x 1024 on two cores (Zen 5), for
+   the first four formats; the later ones are as Q4_K and Q6_K. More than
    FEW_TOKENS of halves.py, up to which a token gets the same bits as alone. */
 static const long MANY[KINDS] = {
     [Q8_0] = 14, [Q4_0] = 14, [Q4_1] = 9, [Q5_0] = 9, [Q5_1] = 9, [IQ4_NL] = 9, [Q3_K] = 9, [Q4_K] = 9, [Q5_K] = 9, [Q6_K] = 9, [IQ4_XS] = 9};
