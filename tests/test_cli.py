@@ -602,6 +602,8 @@ def start(*arguments: str, **options: Any) -> subprocess.Popen[bytes]:
 
 
 def test_ctrl_c_ends_a_process_with_its_report(endless: Path) -> None:
+    # A shell that runs the tests in the background may let them ignore it, and their processes with them.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with start(str(endless), PROMPT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.read(20)
