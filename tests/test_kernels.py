@@ -1,6 +1,7 @@
 """The native kernels against their torch twins, for every kind of processor that this one can act as."""
 
 import shutil
+import subprocess
 import sysconfig
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from layers.mha_core import attend, attends_natively
 from layers.packed import PackedEmbedding, PackedLinear
 from layers.step import Mask, Step
 
-LEVELS = (native.PLAIN, native.AVX2, native.AVX512)
+LEVELS = (native.PLAIN, native.AVX2, native.AVX_VNNI, native.AVX512)
 COMPILER = (sysconfig.get_config_var("CC") or "none").split()[0]
 needs_kernels = pytest.mark.skipif(native.library() is None, reason="no native kernels were built")
 
@@ -28,7 +29,12 @@ needs_kernels = pytest.mark.skipif(native.library() is None, reason="no native k
 @pytest.fixture(params=LEVELS)
 def _level(request: pytest.FixtureRequest):
     # The second level of an ARM processor is another than that of an x86 one.
-    wanted = {native.PLAIN: ["plain C"], native.AVX2: ["AVX2", "NEON dot product"], native.AVX512: ["AVX-512 VNNI"]}
+    wanted = {
+        native.PLAIN: ["plain C"],
+        native.AVX2: ["AVX2", "NEON dot product"],
+        native.AVX_VNNI: ["AVX-VNNI"],
+        native.AVX512: ["AVX-512 VNNI"],
+    }
     names = wanted[request.param]
     if native.choose(request.param) not in names:
         native.choose(native.AVX512)
@@ -44,13 +50,14 @@ def test_they_are_there_where_there_is_a_compiler() -> None:
 
 
 @needs_kernels
-def test_avx_512_has_kernels_for_many_rows_and_tokens() -> None:
+def test_which_processors_have_kernels_for_many_rows_and_tokens() -> None:
     """Without them the tests of both would be of torch's operators, or skipped."""
     levels = {
         level: (native.choose(level), native.has_panels(), native_attention.has_attend_many()) for level in LEVELS
     }
     native.choose(native.AVX512)
-    assert all((name == "AVX-512 VNNI") == panels == many for name, panels, many in levels.values())
+    assert all((name == "AVX-512 VNNI") == many for name, _, many in levels.values())
+    assert all(("AVX" in name) == panels for name, panels, _ in levels.values())
 
 
 def close(found: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -89,6 +96,35 @@ def test_extreme_codes_and_activations_do_not_saturate(kind: str, code: int, cop
     wide = block.unpack(weight).double()
     expected, magnitude = rounded(x).double() @ wide.T, x.abs().double() @ wide.abs().T
     assert ((native.linear(x, weight, kind) - expected).abs() <= 2e-6 * magnitude).all()
+
+
+@pytest.fixture
+def emulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AVX-VNNI's kernels, built to run on a processor that has the same instruction as part of AVX-512 alone."""
+    if not shutil.which(COMPILER) or native.choose(native.AVX512) != "AVX-512 VNNI":
+        pytest.skip("no compiler, or no AVX-512 VNNI")
+    source, built = Path(native.__file__).with_name("native.c"), tmp_path / "native.so"
+    options = ["-O1", "-std=gnu11", "-shared", "-fPIC", "-DAVX_VNNI_BY_AVX512", "-w"]
+    subprocess.run([COMPILER, *options, str(source), "-o", str(built), "-lm"], check=True)
+    loaded = native.loaded_from(built)
+    monkeypatch.setattr(native, "library", lambda: loaded)
+    assert native.choose(native.AVX_VNNI) == "AVX-VNNI"
+
+
+@needs_kernels
+@pytest.mark.usefixtures("emulated")
+def test_avx_vnni_multiplies_many_rows_as_its_twin() -> None:
+    for kind, block in BLOCK_FORMATS.items():
+        for blocks, code in ((1, None), (4, None), (7, None), (7, 0x00), (7, 0x80), (7, 0x7F), (7, 0xFF)):
+            weight = packed_weight(kind, 37, blocks * block.values)
+            if code is not None:
+                filled = torch.full((37, blocks, block.nbytes), code, dtype=torch.uint8)
+                filled[..., block.halves] = weight.view(37, blocks, -1)[..., block.halves]
+                weight = filled.flatten(1)
+            x = torch.randn(29, blocks * block.values)
+            x = x if code is None else x.sign()
+            error = (native.linear(x, weight, kind) - packed_product_twin(x, weight, kind)).abs()
+            assert (error <= 1e-6 * rounded(x).abs() @ block.unpack(weight).abs().T).all(), (kind, blocks, code)
 
 
 @needs_kernels

@@ -169,6 +169,9 @@ FLOAT_ROWS(f16, 2, scalar_f16)
 
 #if VNNI512
 #include "panels.h"
+#elif F16C
+#define VNNI256 0
+#include "panels_avx2.h"
 #endif
 #include "expand.h"
 #include "elementwise.h"
@@ -192,10 +195,17 @@ static const struct processor NAME(processor) = {
      [Q6_K] = NAME(rows_q6_k), [IQ4_XS] = NAME(rows_iq4_xs)},
 #if VNNI512
     {[Q8_0] = NAME(tile_q8_0), [Q4_0] = NAME(tile_q4_0), [Q5_0] = NAME(tile_q5_0), [IQ4_NL] = NAME(tile_iq4_nl)},
+    32, 6,
+    NAME(panel),
+    NAME(by_panel),
+#elif F16C
+    {0},
+    16, 4,
     NAME(panel),
     NAME(by_panel),
 #else
     {0},
+    0, 0,
     0,
     0,
 #endif

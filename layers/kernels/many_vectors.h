@@ -12,13 +12,12 @@ struct many {
     atomic_long next_token, next_panel;
 };
 
-#define PANEL_ROWS 32
 #define TOKENS_AT_ONCE 8
 
 /* Values of a row, and its scales or sums: whole steps of the kernels, in whole vectors of the processor. */
 static long row_stride(long columns) { return (columns + 511) / 512 * 512; }
 
-static long whole_vectors(long tokens) { return (tokens + VECTORS - 1) / VECTORS * VECTORS; }
+static long whole_vectors(long tokens) { return (tokens + processor->vectors - 1) / processor->vectors * processor->vectors; }
 
 /* The most that any format needs: for 16 values 8 vectors of them and 6 of sums, scales and minimums. */
 static long panel_bytes(long columns) { return (columns + 15) / 16 * 14 * 64; }
@@ -43,17 +42,18 @@ static void multiply_many(void *argument) {
     const struct matrix *m = job->matrix;
     char *panel = job->scratch + join(&job->team) * job->panel_bytes;
     const long whole = whole_vectors(job->tokens), bytes = row_bytes(m->kind, job->columns);
+    const int rows = processor->panel_rows, vectors = processor->vectors;
     for (long begin; (begin = atomic_fetch_add(&job->next_token, TOKENS_AT_ONCE)) < whole;)
         for (long t = begin; t < whole && t < begin + TOKENS_AT_ONCE; t++) round_token(job, t, (float *)panel);
     wait_for_all(&job->team);
-    for (long first; (first = atomic_fetch_add(&job->next_panel, PANEL_ROWS)) < m->rows;) {
-        const int here = (int)(m->rows - first < PANEL_ROWS ? m->rows - first : PANEL_ROWS);
+    for (long first; (first = atomic_fetch_add(&job->next_panel, rows)) < m->rows;) {
+        const int here = (int)(m->rows - first < rows ? m->rows - first : rows);
         processor->panel(m->kind, m->weight + bytes * first, bytes, here, job->columns, panel);
-        for (long token = 0; token < job->tokens; token += VECTORS) {
-            float results[VECTORS][PANEL_ROWS];
-            processor->by_panel(m->kind, panel, job->columns, &job->vectors, token, results[0]);
-            for (long t = token; t < token + VECTORS && t < job->tokens; t++)
-                processor->narrow(job->kind, results[t - token], here, item(job->out, job->kind, t * m->rows + first));
+        for (long token = 0; token < job->tokens; token += vectors) {
+            float results[VECTORS * PANEL_ROWS];
+            processor->by_panel(m->kind, panel, job->columns, &job->vectors, token, results);
+            for (long t = token; t < token + vectors && t < job->tokens; t++)
+                processor->narrow(job->kind, results + (t - token) * rows, here, item(job->out, job->kind, t * m->rows + first));
         }
     }
 }

@@ -14,6 +14,7 @@
 #include <sched.h>
 #endif
 #if defined(__x86_64__) || defined(__i386__)
+#include <cpuid.h>
 #include <immintrin.h>
 #define X86 1
 #else

@@ -17,7 +17,7 @@ KINDS = {
 }
 """enum kind of processors.h."""
 FLOATS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-PLAIN, AVX2, AVX512 = 0, 1, 2
+PLAIN, AVX2, AVX_VNNI, AVX512 = 0, 1, 2, 3
 ROUTE, USE, SUM = 1, 2, 3
 TEAM = ("GOMP_parallel", "omp_get_num_threads")
 
@@ -55,13 +55,18 @@ def library() -> ctypes.CDLL | None:
     if not built:
         return None
     try:
-        loaded = ctypes.CDLL(str(built[-1]))
-        for name, (result, arguments) in SIGNATURES.items():
-            function = getattr(loaded, name)
-            function.restype, function.argtypes = result, arguments
+        return loaded_from(built[-1])
     except (OSError, AttributeError) as error:
         warnings.warn(f"the native kernels cannot be used, torch's operators are: {error}", stacklevel=2)
         return None
+
+
+def loaded_from(path: Path) -> ctypes.CDLL:
+    """The kernels of a file, the best for this processor chosen; OSError or AttributeError where it is no such file."""
+    loaded = ctypes.CDLL(str(path))
+    for name, (result, arguments) in SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.restype, function.argtypes = result, arguments
     loaded.causallm_choose(AVX512)
     if team := _team():
         loaded.causallm_threads_with(*team)

@@ -16,7 +16,7 @@ from layers.kernels.many_rows import in_eights
 from layers.precision import multiplies_bf16_fast
 
 FEW_ROWS = {**dict.fromkeys(BLOCK_FORMATS, 20), "Q8_0": 48, "Q4_0": 48}
-"""Rows up to which the native product is the faster where processors have no `panels.h`; beyond, expanding the weight
+"""Rows up to which the native product is the faster where processors have no panels; beyond, expanding the weight
 costs less than it saves. Measured on two cores, 3072 x 1024; us, native / expanded, Q4_0: 51/383 for one row, 622/652
 for 48."""
 
@@ -31,12 +31,11 @@ def packed_product(
 ) -> Float[Tensor, "*rows out_features"]:
     """x W^T for a weight in one of `BLOCK_FORMATS`, in x's dtype.
 
-    On a CPU rows are rounded to int8, one scale for 32 values, as llama.cpp does; sums are in fp32. Without AVX-512
-    VNNI that holds for up to `FEW_ROWS` rows; more, and the weight, are multiplied in bf16 where the processor does
-    that fast. On a GPU up to `FEW_ROWS_CUDA` rows are multiplied as they are, with sums in fp32, by Triton where it is
-    installed and knows the format; with more, fp32 activations and the weight are rounded to bf16 where the GPU has
-    that (others multiply in their own dtype). Elsewhere, and where x needs a gradient, the weight is expanded to x's
-    dtype.
+    On a CPU rows are rounded to int8, one scale for 32 values, as llama.cpp does; sums are in fp32. Without AVX2 that
+    holds for up to `FEW_ROWS` rows; more, and the weight, are multiplied in bf16 where the processor does that fast. On
+    a GPU up to `FEW_ROWS_CUDA` rows are multiplied as they are, with sums in fp32, by Triton where it is installed and
+    knows the format; with more, fp32 activations and the weight are rounded to bf16 where the GPU has that (others
+    multiply in their own dtype). Elsewhere, and where x needs a gradient, the weight is expanded to x's dtype.
     ValueError where the shapes do not fit.
     """
     if BLOCK_FORMATS[kind].row_bytes(x.shape[-1]) != weight.shape[1]:

@@ -19,7 +19,8 @@ struct many_vectors {
     long stride;
 };
 
-#define VECTORS 6 /* that are multiplied at once with a panel of 32 rows */
+#define PANEL_ROWS 32 /* at most, and VECTORS that are multiplied at once with it */
+#define VECTORS 6
 
 #define QUANTIZED 128 /* values that the kernels take at once */
 static inline long quantized(long columns) { return (columns + QUANTIZED - 1) / QUANTIZED * QUANTIZED; }
@@ -74,8 +75,8 @@ struct processor {
     void (*rows[KINDS])(const uint8_t *const row[4], long columns, const struct vector *x, float *out);
     /* The same for four vectors, out[vector][row]; null where it would be no faster. */
     void (*tiles[KINDS])(const uint8_t *const row[4], long columns, const struct vector *x, float *out);
-    /* 32 rows of packed weights as a panel, and a panel times VECTORS vectors, out[vector][row]; null where it would be
-       no faster. */
+    /* Rows of packed weights as a panel, and a panel times vectors, out[vector][row]; null where it would be no faster. */
+    int panel_rows, vectors;
     void (*panel)(int kind, const uint8_t *weight, long bytes, int count, long columns, char *panel);
     void (*by_panel)(int kind, const char *panel, long columns, const struct many_vectors *x, long first, float *out);
     void (*attend[3])(const struct attention *, long row, int kv_head, int first, int heads, float *scores);
@@ -92,6 +93,20 @@ struct processor {
 #include "kernels.h"
 
 #if X86
+#if (defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11)
+#define KNOWS_AVX_VNNI 1
+#if defined(AVX_VNNI_BY_AVX512) /* the same instruction in AVX-512's encoding, for tests where only that is there */
+#define AVX_VNNI "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"
+#define DPBUSD _mm256_dpbusd_epi32
+#else
+#define AVX_VNNI "avx2,fma,f16c,avxvnni"
+#define DPBUSD _mm256_dpbusd_avx_epi32
+#endif
+#define AS_PRAGMA(text) _Pragma(#text)
+#define GCC_TARGET(features) AS_PRAGMA(GCC target(features))
+#else
+#define KNOWS_AVX_VNNI 0
+#endif
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
@@ -103,6 +118,18 @@ struct processor {
 #define VNNI512 0
 #define F16C 1
 #include "kernels.h"
+#if KNOWS_AVX_VNNI
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target(AVX_VNNI))), apply_to = function)
+#else
+GCC_TARGET(AVX_VNNI)
+#endif
+#define NAME(name) name##_avxvnni
+#define VNNI256 1
+#include "panels_avx2.h"
+#undef NAME
+#endif
 #if defined(__clang__)
 #pragma clang attribute pop
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c"))), apply_to = function)
@@ -153,16 +180,38 @@ static int has_dot_product(void) {
 }
 #endif
 
+#if X86 && KNOWS_AVX_VNNI
+/* AVX2's kernels, with panels of their own for processors that have AVX-VNNI. */
+static const struct processor *with_avx_vnni(void) {
+    static struct processor chosen;
+    chosen = processor_avx2;
+    chosen.label = "AVX-VNNI", chosen.panel = panel_avxvnni, chosen.by_panel = by_panel_avxvnni;
+    return &chosen;
+}
+
+static int has_avx_vnni(void) {
+#if defined(AVX_VNNI_BY_AVX512)
+    return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl");
+#endif
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+#endif
+
 static const struct processor *processor = &processor_plain;
 
-/* Choose the kernels: at most level 2 (AVX-512 VNNI), 1 (AVX2, NEON's dot product) or 0; returns the name of those chosen. */
+/* Choose the kernels: at most level 3 (AVX-512 VNNI), 2 (AVX-VNNI), 1 (AVX2, NEON's dot product) or 0; returns the name of
+   those chosen. */
 EXPORT const char *causallm_choose(int level) {
     processor = &processor_plain;
 #if X86
     __builtin_cpu_init();
     if (level >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
         processor = &processor_avx2;
-    if (level >= 2 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw")
+#if KNOWS_AVX_VNNI
+    if (level >= 2 && processor == &processor_avx2 && has_avx_vnni()) processor = with_avx_vnni();
+#endif
+    if (level >= 3 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw")
         && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
         processor = &processor_avx512;
 #elif defined(__aarch64__)
