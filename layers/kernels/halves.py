@@ -65,14 +65,9 @@ class _Course:
         floats |= {tensor.dtype for _, store in self._fetched for tensor in store.template.parameters()}
         floats -= {torch.uint8}
         self._dtype = floats.pop() if len(floats) == 1 else None
-        # For many tokens the products are torch's, in bf16: right where the weights are, or are rounded more than that.
         layers = [layer for half in halves for layer in half.modules() if half.kind in (ATTENTION, MLP)]
         weights = {layer.weight.dtype for layer in layers if isinstance(layer, FullyConnected | PackedLinear)}
-        self.suits_prompts = (
-            weights <= {torch.bfloat16, torch.uint8}
-            and self._dtype in (torch.float32, torch.bfloat16)
-            and multiplies_bf16_fast()
-        )
+        self.prompt_dtype = _prompt_dtype(weights, self._dtype)
         self._arguments, self._alive = _made(halves)
         norm: Any = halves[0].norm if halves else None
         self._dim = norm.weight.shape[0] if self._arguments is not None else 0
@@ -185,6 +180,16 @@ class _Experts:
         return any(tensor.requires_grad for held in self._held for tensor in held)
 
 
+def _prompt_dtype(weights: set[torch.dtype], dtype: torch.dtype | None) -> torch.dtype | None:
+    """What the products of many tokens are in, None where the modules must be called one by one.
+
+    bf16 where the processor is fast at it and the weights are bf16, or are rounded more than that.
+    """
+    if weights <= {torch.bfloat16, torch.uint8} and dtype in (torch.float32, torch.bfloat16) and multiplies_bf16_fast():
+        return torch.bfloat16
+    return torch.float32 if weights <= {torch.float32, torch.uint8} and dtype == torch.float32 else None
+
+
 def _contents(dictionaries: Sequence[dict[str, Any]]) -> list[Any]:
     return list(chain.from_iterable(map(dict.values, dictionaries)))
 
@@ -222,7 +227,8 @@ def run_halves(
     if course.waits() or not course.serves(x, step, caches) or (arguments := course.arguments(x.dtype)) is None:
         return None
     if x.shape[0] * x.shape[1] > FEW_TOKENS:
-        return prompt_through_halves(course.halves, arguments, x, step, caches) if course.suits_prompts else None
+        wide = course.prompt_dtype
+        return None if wide is None else prompt_through_halves(course.halves, arguments, x, step, caches, wide)
     if (store := course.fetched()) is not None:
         return mix_fetched(store, arguments[0], x)
     alive, waiting = [x], iter(caches)

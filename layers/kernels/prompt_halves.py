@@ -1,4 +1,4 @@
-"""Halves of decoder blocks for many tokens: torch's products in bf16, the native kernels between them."""
+"""Halves of decoder blocks for many tokens: products by themselves, the native kernels between them."""
 
 import ctypes
 from collections.abc import Sequence
@@ -22,24 +22,25 @@ def prompt_through_halves(
     x: Float[Tensor, "batch time dim"],
     step: Step,
     caches: Sequence[KVCache],
+    dtype: torch.dtype,
 ) -> Float[Tensor, "batch time dim"]:
-    """What the halves make of x one after the other, the caches of their attentions advanced."""
+    """What the halves make of x one after the other, the caches of their attentions advanced; products in `dtype`."""
     waiting = iter(caches)
     for half, argument in zip(halves, arguments, strict=True):
         body: Any = half.body
         if half.kind == ATTENTION:
-            change = _attention(body, argument.attention, x, step, next(waiting))
+            change = _attention(body, argument.attention, x, step, next(waiting), dtype)
         elif half.kind == MLP:
-            change = _mlp(body, argument.mlp, x)
+            change = _mlp(body, argument.mlp, x, dtype)
         else:
             change = body(half.norm(x))
         x = x + (change if half.post_norm is None else half.post_norm(change))
     return x
 
 
-def _attention(attention: Any, argument: Any, x: Tensor, step: Step, cache: KVCache) -> Tensor:
+def _attention(attention: Any, argument: Any, x: Tensor, step: Step, cache: KVCache, dtype: torch.dtype) -> Tensor:
     core = attention.core
-    rows = _normalised(argument.norm, x)
+    rows = _normalised(argument.norm, x, dtype)
     query, key, value = attention.q_proj(rows), attention.k_proj(rows), attention.v_proj(rows)
     alive, mask, past = complete(argument, cache, core, step, x)
     turned = query.new_empty(x.shape[0], core.num_heads, x.shape[1], core.head_dim)
@@ -49,15 +50,15 @@ def _attention(attention: Any, argument: Any, x: Tensor, step: Step, cache: KVCa
     return attention.o_proj(mixed.transpose(1, 2).flatten(-2))
 
 
-def _mlp(mlp: Any, argument: Any, x: Tensor) -> Tensor:
-    rows = _normalised(argument.norm, x)
+def _mlp(mlp: Any, argument: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+    rows = _normalised(argument.norm, x, dtype)
     gate, up = mlp.gate_proj(rows), mlp.up_proj(rows)
     native.gate(argument.activation, gate, up, gate)
     return mlp.down_proj(gate)
 
 
-def _normalised(norm: ctypes.Structure, x: Tensor) -> Tensor:
-    rows = torch.empty_like(x, dtype=torch.bfloat16)
+def _normalised(norm: ctypes.Structure, x: Tensor, dtype: torch.dtype) -> Tensor:
+    rows = torch.empty_like(x, dtype=dtype)
     native.normalise(norm, x, rows)
     return rows
 
