@@ -16,44 +16,43 @@ static void NAME(softmax)(float *scores, long past, const float *sink) {
     for (long t = past; t < whole; t++) scores[t] = -INFINITY;
     float largest = NAME(largest)(scores, past);
     if (sink && *sink > largest) largest = *sink;
-    V16 sum = {0};
-    for (long t = 0; t < whole; t += 16) {
-        const V16 e = NAME(exp16)(NAME(load_f32)(scores + t) - largest);
-        *(V16 *)(scores + t) = e;
+    FLOATS sum = {0};
+    for (long t = 0; t < whole; t += LANES) {
+        const FLOATS e = NAME(exponential)(NAME(load_f32)(scores + t) - largest);
+        *(FLOATS *)(scores + t) = e;
         sum += e;
     }
     const float inverse = 1.0f / (NAME(sum)(sum) + (sink ? expf(*sink - largest) : 0.0f));
-    for (long t = 0; t < whole; t += 16) *(V16 *)(scores + t) = NAME(load_f32)(scores + t) * inverse;
+    for (long t = 0; t < whole; t += LANES) *(FLOATS *)(scores + t) = NAME(load_f32)(scores + t) * inverse;
 }
 
 #define ATTEND(KIND, BYTES)                                                                                 \
     static inline void NAME(score_##KIND)(const float *query, const uint8_t *keys, long step, long count, int dim,     \
                                           float *scores) {                                                  \
         for (long t = 0; t < count; t++) {                                                                  \
-            V16 sums[2] = {{0}};                                                                            \
+            FLOATS sums[IN_32] = {{0}};                                                                     \
             const uint8_t *key = keys + BYTES * t * step;                                                   \
             for (int at = 0; at < BYTES * dim; at += 64) __builtin_prefetch(key + BYTES * AHEAD * step + at, 0, 3);    \
             int i = 0;                                                                                      \
             for (; i + 32 <= dim; i += 32)                                                                  \
-                for (int half = 0; half < 2; half++)                                                        \
-                    sums[half] += NAME(load_##KIND)(key + BYTES * (i + 16 * half))                          \
-                                  * NAME(load_f32)(query + i + 16 * half);                                  \
-            if (i < dim) sums[0] += NAME(load_##KIND)(key + BYTES * i) * NAME(load_f32)(query + i);         \
-            scores[t] = NAME(sum)(sums[0] + sums[1]);                                                       \
+                _Pragma("GCC unroll 8") for (int k = 0; k < IN_32; k++)                                     \
+                    sums[k] += NAME(load_##KIND)(key + BYTES * (i + LANES * k)) * NAME(load_f32)(query + i + LANES * k); \
+            for (; i < dim; i += LANES) sums[0] += NAME(load_##KIND)(key + BYTES * i) * NAME(load_f32)(query + i);     \
+            scores[t] = NAME(sum_32)(sums);                                                                 \
         }                                                                                                   \
     }                                                                                                       \
-    /* out += weights values, `parts` vectors of 16 dimensions held in registers. */                        \
+    /* out += weights values, `parts` vectors of dimensions held in registers. */                           \
     static inline __attribute__((always_inline)) void NAME(mix_##KIND)(                                     \
         const float *weights, const uint8_t *values, long step, long count, const int parts, float *out) {  \
-        V16 sums[8];                                                                                        \
-        for (int i = 0; i < parts; i++) sums[i] = NAME(load_f32)(out + 16 * i);                             \
+        FLOATS sums[8];                                                                                        \
+        _Pragma("GCC unroll 8") for (int i = 0; i < parts; i++) sums[i] = NAME(load_f32)(out + LANES * i);  \
         for (long t = 0; t < count; t++) {                                                                  \
             const uint8_t *value = values + BYTES * t * step;                                               \
-            for (int at = 0; at < BYTES * 16 * parts; at += 64) __builtin_prefetch(value + BYTES * AHEAD * step + at, 0, 3); \
-            for (int i = 0; i < parts; i++)                                                                 \
-                sums[i] += weights[t] * NAME(load_##KIND)(value + BYTES * 16 * i);                          \
+            for (int at = 0; at < BYTES * LANES * parts; at += 64) __builtin_prefetch(value + BYTES * AHEAD * step + at, 0, 3); \
+            _Pragma("GCC unroll 8") for (int i = 0; i < parts; i++)                                         \
+                sums[i] += weights[t] * NAME(load_##KIND)(value + BYTES * LANES * i);                       \
         }                                                                                                   \
-        for (int i = 0; i < parts; i++) *(V16 *)(out + 16 * i) = sums[i];                                   \
+        _Pragma("GCC unroll 8") for (int i = 0; i < parts; i++) *(FLOATS *)(out + LANES * i) = sums[i];     \
     }                                                                                                       \
     static void NAME(attend_##KIND)(const struct attention *a, long row, int kv_head, int first, int heads, \
                                     float *scores) {                                                        \
@@ -86,11 +85,12 @@ static void NAME(softmax)(float *scores, long past, const float *sink) {
             for (int g = 0; g < heads; g++) {                                                               \
                 const float *weights = scores + g * stride + t;                                             \
                 int i = 0;                                                                                  \
-                for (; i + 128 <= dim; i += 128)                                                            \
+                for (; i + 8 * LANES <= dim; i += 8 * LANES)                                                \
                     NAME(mix_##KIND)(weights, here + BYTES * i, a->value_step, count, 8, out + g * dim + i);           \
-                for (; i + 32 <= dim; i += 32)                                                              \
+                for (; i + 2 * LANES <= dim; i += 2 * LANES)                                                \
                     NAME(mix_##KIND)(weights, here + BYTES * i, a->value_step, count, 2, out + g * dim + i);           \
-                if (i < dim) NAME(mix_##KIND)(weights, here + BYTES * i, a->value_step, count, 1, out + g * dim + i);  \
+                for (; i < dim; i += LANES)                                                                 \
+                    NAME(mix_##KIND)(weights, here + BYTES * i, a->value_step, count, 1, out + g * dim + i);           \
             }                                                                                               \
         }                                                                                                   \
     }

@@ -2,21 +2,26 @@
    a time, with the softmax so far (Milakov and Gimelshein 2018, arXiv:1805.02867). Included by kernels.h for
    AVX-512.
 
-   A row is a token and a head. Scores lie as (position, row): a vector holds sixteen rows, whose maxima and sums need no
+   A row is a token and a head. Scores lie as (position, row): a vector holds LANES rows, whose maxima and sums need no
    sums within vectors. No row's result depends on what others are computed with it. */
 
-#define POSITION_TILE 8
-#define ROW_VECTORS 2
-#define ROW_TILE 4
 #define DIM_VECTORS 4
+#define ROW_VECTORS 2
+#if VNNI512
+#define POSITION_TILE 8
+#define ROW_TILE 4
+#else
+#define POSITION_TILE 4
+#define ROW_TILE 2
+#endif
 
 /* scores[position][row] = keys[position] . queries[.][row] for a tile of positions and of vectors of rows. */
 static inline void NAME(score_tile)(const float *keys, const float *queries, int dim, float *scores) {
-    V16 sums[POSITION_TILE][ROW_VECTORS] = {{{0}}};
+    FLOATS sums[POSITION_TILE][ROW_VECTORS] = {{{0}}};
     for (int d = 0; d < dim; d++) {
-        V16 rows[ROW_VECTORS];
+        FLOATS rows[ROW_VECTORS];
 #pragma GCC unroll 2
-        for (int v = 0; v < ROW_VECTORS; v++) rows[v] = NAME(load_f32)(queries + d * MANY_ROWS + 16 * v);
+        for (int v = 0; v < ROW_VECTORS; v++) rows[v] = NAME(load_f32)(queries + d * MANY_ROWS + LANES * v);
 #pragma GCC unroll 8
         for (int t = 0; t < POSITION_TILE; t++)
 #pragma GCC unroll 2
@@ -25,22 +30,22 @@ static inline void NAME(score_tile)(const float *keys, const float *queries, int
 #pragma GCC unroll 8
     for (int t = 0; t < POSITION_TILE; t++)
 #pragma GCC unroll 2
-        for (int v = 0; v < ROW_VECTORS; v++) *(V16 *)(scores + t * MANY_ROWS + 16 * v) = sums[t][v];
+        for (int v = 0; v < ROW_VECTORS; v++) *(FLOATS *)(scores + t * MANY_ROWS + LANES * v) = sums[t][v];
 }
 
 /* out[row] = out[row] * factor[row] + sum of weights[position][row] * values[position] for ROW_TILE rows and `vectors`
    vectors of dimensions. */
 static inline __attribute__((always_inline)) void NAME(mix_tile)(const float *weights, const float *values, const float *factor,
                                                                  int dim, const int vectors, float *out) {
-    V16 sums[ROW_TILE][DIM_VECTORS];
+    FLOATS sums[ROW_TILE][DIM_VECTORS];
 #pragma GCC unroll 4
     for (int r = 0; r < ROW_TILE; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) sums[r][v] = NAME(load_f32)(out + r * dim + 16 * v) * factor[r];
+        for (int v = 0; v < vectors; v++) sums[r][v] = NAME(load_f32)(out + r * dim + LANES * v) * factor[r];
     for (int t = 0; t < MANY_POSITIONS; t++) {
-        V16 value[DIM_VECTORS];
+        FLOATS value[DIM_VECTORS];
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) value[v] = NAME(load_f32)(values + t * dim + 16 * v);
+        for (int v = 0; v < vectors; v++) value[v] = NAME(load_f32)(values + t * dim + LANES * v);
 #pragma GCC unroll 4
         for (int r = 0; r < ROW_TILE; r++)
 #pragma GCC unroll 4
@@ -49,51 +54,51 @@ static inline __attribute__((always_inline)) void NAME(mix_tile)(const float *we
 #pragma GCC unroll 4
     for (int r = 0; r < ROW_TILE; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) *(V16 *)(out + r * dim + 16 * v) = sums[r][v];
+        for (int v = 0; v < vectors; v++) *(FLOATS *)(out + r * dim + LANES * v) = sums[r][v];
 }
 
 /* 1 - 2 / (1 + e^2x), which is inexact about zero: there its series. */
-static inline V16 NAME(tanh16)(V16 x) {
-    const V16 square = x * x;
-    const V16 near = x + x * square * (-1.0f / 3 + square * (2.0f / 15 + square * (-17.0f / 315 + square * (62.0f / 2835))));
-    const V16 far = 1.0f - 2.0f / (1.0f + NAME(exp16)(NAME(at_most)(2 * x, 88.0f)));
-    const U32 small = (U32)(square < 0.09f);
-    return (V16)(((U32)near & small) | ((U32)far & ~small));
+static inline FLOATS NAME(tangent)(FLOATS x) {
+    const FLOATS square = x * x;
+    const FLOATS near = x + x * square * (-1.0f / 3 + square * (2.0f / 15 + square * (-17.0f / 315 + square * (62.0f / 2835))));
+    const FLOATS far = 1.0f - 2.0f / (1.0f + NAME(exponential)(NAME(at_most)(2 * x, 88.0f)));
+    const WORDS small = (WORDS)(square < 0.09f);
+    return (FLOATS)(((WORDS)near & small) | ((WORDS)far & ~small));
 }
 
-static inline V16 NAME(larger_of)(V16 a, V16 b) {
-    const U32 less = (U32)(a < b);
-    return (V16)(((U32)a & ~less) | ((U32)b & less));
+static inline FLOATS NAME(larger_of)(FLOATS a, FLOATS b) {
+    const WORDS less = (WORDS)(a < b);
+    return (FLOATS)(((WORDS)a & ~less) | ((WORDS)b & less));
 }
 
 /* Scores of a block, masked, to weights; the rows' maxima and sums so far are brought up to date, and `factor` is what
    was summed before has to be multiplied with. */
 static void NAME(soften)(const struct many_attention *a, long first, const long *limits, int vectors, struct many_room *room) {
     for (int v = 0; v < vectors; v++) {
-        float *scores = room->scores + 16 * v;
-        V16 limit, largest = NAME(load_f32)(room->largest + 16 * v);
-        const V16 before = largest;
-        for (int r = 0; r < 16; r++) limit[r] = (float)(limits[16 * v + r] - first);
+        float *scores = room->scores + LANES * v;
+        FLOATS limit, largest = NAME(load_f32)(room->largest + LANES * v);
+        const FLOATS before = largest;
+        for (int r = 0; r < LANES; r++) limit[r] = (float)(limits[LANES * v + r] - first);
         for (int t = 0; t < MANY_POSITIONS; t++) {
-            V16 score = NAME(load_f32)(scores + t * MANY_ROWS);
-            if (a->softcap > 0) score = a->softcap * NAME(tanh16)(score / a->softcap);
-            if (a->bias) score += NAME(load_f32)(room->bias + t * MANY_ROWS + 16 * v);
-            const U32 hidden = (U32)(limit <= (float)t);
-            score = (V16)(((U32)score & ~hidden) | ((U32)NAME(splat)(-INFINITY) & hidden));
-            *(V16 *)(scores + t * MANY_ROWS) = score;
+            FLOATS score = NAME(load_f32)(scores + t * MANY_ROWS);
+            if (a->softcap > 0) score = a->softcap * NAME(tangent)(score / a->softcap);
+            if (a->bias) score += NAME(load_f32)(room->bias + t * MANY_ROWS + LANES * v);
+            const WORDS hidden = (WORDS)(limit <= (float)t);
+            score = (FLOATS)(((WORDS)score & ~hidden) | ((WORDS)NAME(splat)(-INFINITY) & hidden));
+            *(FLOATS *)(scores + t * MANY_ROWS) = score;
             largest = NAME(larger_of)(largest, score);
         }
         /* Where nothing has been seen yet the largest is -inf, and anything finite serves. */
-        const V16 base = NAME(larger_of)(largest, NAME(splat)(-3.0e38f)), factor = NAME(exp16)(before - base);
-        V16 sum = NAME(load_f32)(room->sums + 16 * v) * factor;
+        const FLOATS base = NAME(larger_of)(largest, NAME(splat)(-3.0e38f)), factor = NAME(exponential)(before - base);
+        FLOATS sum = NAME(load_f32)(room->sums + LANES * v) * factor;
         for (int t = 0; t < MANY_POSITIONS; t++) {
-            const V16 weight = NAME(exp16)(NAME(load_f32)(scores + t * MANY_ROWS) - base);
-            *(V16 *)(scores + t * MANY_ROWS) = weight;
+            const FLOATS weight = NAME(exponential)(NAME(load_f32)(scores + t * MANY_ROWS) - base);
+            *(FLOATS *)(scores + t * MANY_ROWS) = weight;
             sum += weight;
         }
-        *(V16 *)(room->largest + 16 * v) = largest;
-        *(V16 *)(room->sums + 16 * v) = sum;
-        *(V16 *)(room->factor + 16 * v) = factor;
+        *(FLOATS *)(room->largest + LANES * v) = largest;
+        *(FLOATS *)(room->sums + LANES * v) = sum;
+        *(FLOATS *)(room->factor + LANES * v) = factor;
     }
 }
 
@@ -116,11 +121,11 @@ static void NAME(take_bias)(const struct many_attention *a, int batch, long toke
 /* `tokens` tokens from `token` on: at most MANY_ROWS rows. */
 static void NAME(attend_many)(const struct many_attention *a, int batch, int kv_head, long token, int tokens, struct many_room *room) {
     const int group = a->heads / a->kv_heads, dim = a->head_dim, rows = tokens * group;
-    const int vectors = (rows + 16 * ROW_VECTORS - 1) / (16 * ROW_VECTORS) * ROW_VECTORS;
+    const int vectors = (rows + LANES * ROW_VECTORS - 1) / (LANES * ROW_VECTORS) * ROW_VECTORS;
     long limits[MANY_ROWS] = {0};
     memset(room->queries, 0, sizeof(float) * dim * MANY_ROWS);
     memset(room->out, 0, sizeof(float) * dim * MANY_ROWS);
-    for (int r = 0; r < 16 * vectors; r++) {
+    for (int r = 0; r < LANES * vectors; r++) {
         const int q = r / group, head = kv_head * group + r % group;
         room->largest[r] = a->sinks && r < rows ? a->sinks[head] : -INFINITY;
         room->sums[r] = a->sinks && r < rows ? 1 : 0;
@@ -138,14 +143,14 @@ static void NAME(attend_many)(const struct many_attention *a, int batch, int kv_
         NAME(take_block)(a->cache_kind, values + first * a->value_step * bytes, a->value_step, count, dim, room->values);
         for (int v = 0; v < vectors; v += ROW_VECTORS)
             for (int t = 0; t < MANY_POSITIONS; t += POSITION_TILE)
-                NAME(score_tile)(room->keys + t * dim, room->queries + 16 * v, dim, room->scores + t * MANY_ROWS + 16 * v);
+                NAME(score_tile)(room->keys + t * dim, room->queries + LANES * v, dim, room->scores + t * MANY_ROWS + LANES * v);
         if (a->bias) NAME(take_bias)(a, batch, token, tokens, first, count, room->bias);
         NAME(soften)(a, first, limits, vectors, room);
         for (int r = 0; r < rows; r += ROW_TILE) {
             int d = 0;
-            for (; d + 16 * DIM_VECTORS <= dim; d += 16 * DIM_VECTORS)
+            for (; d + LANES * DIM_VECTORS <= dim; d += LANES * DIM_VECTORS)
                 NAME(mix_tile)(room->scores + r, room->values + d, room->factor + r, dim, DIM_VECTORS, room->out + r * dim + d);
-            for (; d < dim; d += 16)
+            for (; d < dim; d += LANES)
                 NAME(mix_tile)(room->scores + r, room->values + d, room->factor + r, dim, 1, room->out + r * dim + d);
         }
     }

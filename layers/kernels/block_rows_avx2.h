@@ -6,12 +6,6 @@
 
 static inline __m256i NAME(bytes32)(const void *p) { return _mm256_loadu_si256(p); }
 
-static inline float NAME(sum8)(__m256 v) {
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
-}
-
 /* sum + scale * (pairs times factors, neighbours added). */
 static inline __m256 NAME(add_pairs)(__m256 sum, __m256i pairs, __m256i factors, __m256 scale) {
     return _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, factors)), scale, sum);
@@ -79,7 +73,7 @@ static inline __m256i NAME(pairs_iq4_nl)(const uint8_t *p, __m256i q, __m256i ze
                 d = NAME(add_##KIND)(d, row[3] + BYTES * block, q, zero, scale);                            \
             }                                                                                               \
         }                                                                                                   \
-        out[0] = NAME(sum8)(a), out[1] = NAME(sum8)(b), out[2] = NAME(sum8)(c), out[3] = NAME(sum8)(d);     \
+        out[0] = NAME(sum)((FLOATS)a), out[1] = NAME(sum)((FLOATS)b), out[2] = NAME(sum)((FLOATS)c), out[3] = NAME(sum)((FLOATS)d);     \
     }
 
 SMALL_BLOCKS(q4_0, 18, 8)
@@ -219,7 +213,7 @@ static inline __m256 NAME(add_iq4_xs)(__m256 sum, const uint8_t *p, const struct
             a = NAME(add_##KIND)(a, row[0] + at, &here), b = NAME(add_##KIND)(b, row[1] + at, &here);   \
             c = NAME(add_##KIND)(c, row[2] + at, &here), d = NAME(add_##KIND)(d, row[3] + at, &here);   \
         }                                                                                                   \
-        out[0] = NAME(sum8)(a), out[1] = NAME(sum8)(b), out[2] = NAME(sum8)(c), out[3] = NAME(sum8)(d);     \
+        out[0] = NAME(sum)((FLOATS)a), out[1] = NAME(sum)((FLOATS)b), out[2] = NAME(sum)((FLOATS)c), out[3] = NAME(sum)((FLOATS)d);     \
     }
 
 LARGE_BLOCKS(q3_k, 110, 4)

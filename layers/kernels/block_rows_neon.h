@@ -35,7 +35,7 @@ static inline int32x4_t NAME(dot_q8_0)(const uint8_t *p, const int8_t *q) {
 SMALL_BLOCK(q4_0)
 SMALL_BLOCK(q8_0)
 
-static inline float32x4_t NAME(floats)(uint32_t four) {
+static inline float32x4_t NAME(four_floats)(uint32_t four) {
     const uint16x8_t words = vmovl_u8(vcreate_u8(four));
     return vcvtq_f32_u32(vmovl_u16(vget_low_u16(words)));
 }
@@ -48,8 +48,8 @@ static inline float32x4_t NAME(add_q4_k)(float32x4_t sum, const uint8_t *p, cons
     const float d = NAME(half)(p), dmin = NAME(half)(p + 2);
     const float *scales = x->scales + 8 * block, *sums = x->sums + 8 * block;
     for (int i = 0; i < 2; i++) {
-        vst1q_f32(factors + 4 * i, vmulq_f32(vmulq_n_f32(NAME(floats)(bits[i]), d), vld1q_f32(scales + 4 * i)));
-        sum = vfmsq_f32(sum, vmulq_n_f32(NAME(floats)(bits[2 + i]), dmin), vld1q_f32(sums + 4 * i));
+        vst1q_f32(factors + 4 * i, vmulq_f32(vmulq_n_f32(NAME(four_floats)(bits[i]), d), vld1q_f32(scales + 4 * i)));
+        sum = vfmsq_f32(sum, vmulq_n_f32(NAME(four_floats)(bits[2 + i]), dmin), vld1q_f32(sums + 4 * i));
     }
     for (int pair = 0; pair < 4; pair++) {
         const uint8x16_t a = vld1q_u8(p + 16 + 32 * pair), b = vld1q_u8(p + 32 + 32 * pair);

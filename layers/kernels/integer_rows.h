@@ -77,7 +77,7 @@ static inline void NAME(add_32)(NAME(total) *total, const int8_t *values, const 
     total->products = NAME(add_pairs)(total->products, pairs, _mm256_set1_epi16(1), _mm256_mul_ps(own, _mm256_set1_ps(scale)));
 }
 
-static inline float NAME(whole)(const NAME(total) *total) { return NAME(sum8)(total->products) - total->minimums; }
+static inline float NAME(whole)(const NAME(total) *total) { return NAME(sum)((FLOATS)total->products) - total->minimums; }
 
 #elif NEON_DOT
 

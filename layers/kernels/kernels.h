@@ -1,101 +1,121 @@
 /* The kernels proper, included once per kind of processor with NAME, VNNI512 and F16C set for it.
 
-   Vectors are GCC's and clang's own (vector_size), which become AVX-512, AVX2, NEON or plain code as the target allows;
-   only the integer products of the block formats, and fp16, are spelled out per processor. */
+   Vectors are GCC's and clang's own (vector_size), as wide as the processor's registers, for gcc keeps wider ones in
+   memory; only the integer products of the block formats, and fp16, are spelled out per processor. */
 
-typedef float NAME(v16) __attribute__((vector_size(64), aligned(4)));
-typedef uint16_t NAME(u16) __attribute__((vector_size(32), aligned(2)));
-typedef uint32_t NAME(u32) __attribute__((vector_size(64), aligned(4)));
-#define V16 NAME(v16)
-#define U16 NAME(u16)
-#define U32 NAME(u32)
-
-static inline V16 NAME(load_f32)(const void *p) { return *(const V16 *)p; }
-
-static inline V16 NAME(load_bf16)(const void *p) {
-    return (V16)(__builtin_convertvector(*(const U16 *)p, U32) << 16);
-}
-
-#if F16C
-static inline V16 NAME(joined)(__m256 low, __m256 high) {
-    V16 v;
-    memcpy(&v, &low, 32);
-    memcpy((char *)&v + 32, &high, 32);
-    return v;
-}
-#endif
-
-static inline V16 NAME(load_f16)(const void *p) {
 #if VNNI512
-    return (V16)_mm512_cvtph_ps(_mm256_loadu_si256(p));
+#define LANES 16
 #elif F16C
-    return NAME(joined)(_mm256_cvtph_ps(_mm_loadu_si128(p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p + 1)));
+#define LANES 8
 #else
-    V16 v;
-    for (int i = 0; i < 16; i++) v[i] = half_to_float(((const uint16_t *)p)[i]);
+#define LANES 4
+#endif
+
+typedef float NAME(floats) __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint16_t NAME(shorts) __attribute__((vector_size(2 * LANES), aligned(2)));
+typedef uint32_t NAME(words) __attribute__((vector_size(4 * LANES), aligned(4)));
+#define FLOATS NAME(floats)
+#define SHORTS NAME(shorts)
+#define WORDS NAME(words)
+
+static inline FLOATS NAME(load_f32)(const void *p) { return *(const FLOATS *)p; }
+
+static inline FLOATS NAME(load_bf16)(const void *p) {
+    return (FLOATS)(__builtin_convertvector(*(const SHORTS *)p, WORDS) << 16);
+}
+
+static inline FLOATS NAME(load_f16)(const void *p) {
+#if VNNI512
+    return (FLOATS)_mm512_cvtph_ps(_mm256_loadu_si256(p));
+#elif F16C
+    return (FLOATS)_mm256_cvtph_ps(_mm_loadu_si128(p));
+#elif defined(__aarch64__)
+    return (FLOATS)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
+#else
+    FLOATS v;
+    for (int i = 0; i < LANES; i++) v[i] = half_to_float(((const uint16_t *)p)[i]);
     return v;
 #endif
 }
 
-static inline U16 NAME(to_bf16)(V16 v) {
-    const U32 bits = (U32)v, number = (U32)(v == v);
-    return __builtin_convertvector((((bits + 0x7FFF + (bits >> 16 & 1)) & number) | (0x7FC00000 & ~number)) >> 16, U16);
+static inline SHORTS NAME(to_bf16)(FLOATS v) {
+    const WORDS bits = (WORDS)v, number = (WORDS)(v == v);
+    return __builtin_convertvector((((bits + 0x7FFF + (bits >> 16 & 1)) & number) | (0x7FC00000 & ~number)) >> 16, SHORTS);
 }
 
-static inline void NAME(to_f16)(V16 v, uint16_t *to) {
+static inline void NAME(to_f16)(FLOATS v, uint16_t *to) {
 #if VNNI512
     _mm256_storeu_si256((__m256i *)to, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
 #elif F16C
-    float values[16];
-    memcpy(values, &v, 64);
-    for (int i = 0; i < 16; i += 8)
-        _mm_storeu_si128((__m128i *)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(values + i), _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128((__m128i *)to, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+    vst1_u16(to, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v)));
 #else
-    for (int i = 0; i < 16; i++) to[i] = float_to_half(v[i]);
+    for (int i = 0; i < LANES; i++) to[i] = float_to_half(v[i]);
 #endif
 }
 
-static inline float NAME(sum)(V16 v) {
+static inline float NAME(sum)(FLOATS v) {
 #if VNNI512
     return _mm512_reduce_add_ps((__m512)v);
+#elif F16C
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+#elif defined(__aarch64__)
+    return vaddvq_f32((float32x4_t)v);
 #else
-    float halves[16];
-    memcpy(halves, &v, 64);
-    for (int width = 8; width; width /= 2)
-        for (int i = 0; i < width; i++) halves[i] += halves[i + width];
-    return halves[0];
+    return v[0] + v[1] + (v[2] + v[3]);
 #endif
 }
 
-#if VNNI512
-
-static inline float NAME(magnitude)(V16 first, V16 second) {
-    return _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps((__m512)first), _mm512_abs_ps((__m512)second)));
+/* Sum of the vectors of 32 products. */
+#define IN_32 (32 / LANES)
+static inline float NAME(sum_32)(const FLOATS *sums) {
+    FLOATS all = sums[0] + sums[1];
+    for (int i = 2; i < IN_32; i++) all += sums[i];
+    return NAME(sum)(all);
 }
 
-static inline int32_t NAME(rounded)(V16 first, V16 second, float inverse, int8_t *q) {
-    const __m512i a = _mm512_cvtps_epi32((__m512)(first * inverse)), b = _mm512_cvtps_epi32((__m512)(second * inverse));
+/* The largest magnitude of 32 values. */
+static inline float NAME(magnitude)(const float *x) {
+#if VNNI512
+    const FLOATS first = NAME(load_f32)(x), second = NAME(load_f32)(x + 16);
+    return _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps((__m512)first), _mm512_abs_ps((__m512)second)));
+#else
+    FLOATS largest = {0};
+    for (int i = 0; i < 32; i += LANES) {
+        const FLOATS a = (FLOATS)((WORDS)NAME(load_f32)(x + i) & 0x7FFFFFFF);
+        const WORDS more = (WORDS)(a > largest);
+        largest = (FLOATS)(((WORDS)a & more) | ((WORDS)largest & ~more));
+    }
+    float found = 0;
+    for (int i = 0; i < LANES; i++) found = largest[i] > found ? largest[i] : found;
+    return found;
+#endif
+}
+
+/* 32 values times `inverse` as integers, half to even, and their sum. */
+static inline int32_t NAME(rounded)(const float *x, float inverse, int8_t *q) {
+#if VNNI512
+    const __m512i a = _mm512_cvtps_epi32((__m512)(NAME(load_f32)(x) * inverse));
+    const __m512i b = _mm512_cvtps_epi32((__m512)(NAME(load_f32)(x + 16) * inverse));
     _mm_storeu_si128((__m128i *)q, _mm512_cvtepi32_epi8(a));
     _mm_storeu_si128((__m128i *)(q + 16), _mm512_cvtepi32_epi8(b));
     return _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
-}
-
+#elif F16C
+    __m256i four[4];
+    for (int i = 0; i < 4; i++) four[i] = _mm256_cvtps_epi32((__m256)(NAME(load_f32)(x + 8 * i) * inverse));
+    const __m256i low = _mm256_packs_epi32(four[0], four[1]), high = _mm256_packs_epi32(four[2], four[3]);
+    const __m256i order = _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0);
+    _mm256_storeu_si256((__m256i *)q, _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order));
+    const __m256i pairs = _mm256_madd_epi16(_mm256_add_epi16(low, high), _mm256_set1_epi16(1));
+    __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+    sums = _mm_add_epi32(sums, _mm_unpackhi_epi64(sums, sums));
+    return _mm_cvtsi128_si32(sums) + _mm_extract_epi32(sums, 1);
 #else
-
-static inline float NAME(magnitude)(V16 first, V16 second) {
-    float largest = 0;
-    for (int i = 0; i < 16; i++) {
-        const float a = fabsf(first[i]), b = fabsf(second[i]);
-        largest = largest > a ? largest : a;
-        largest = largest > b ? largest : b;
-    }
-    return largest;
-}
-
-/* 32 values times `inverse` as integers, and their sum. */
-static inline int32_t NAME(rounded)(V16 first, V16 second, float inverse, int8_t *q) {
     float products[32];
-    *(V16 *)products = first * inverse, *(V16 *)(products + 16) = second * inverse;
+    for (int i = 0; i < 32; i++) products[i] = x[i] * inverse;
     __asm__("" : "+m"(products)); /* or compilers fuse product and sum, and halves are rounded as something else */
     int32_t total = 0;
     for (int i = 0; i < 32; i++) {
@@ -107,9 +127,8 @@ static inline int32_t NAME(rounded)(V16 first, V16 second, float inverse, int8_t
         total += q[i];
     }
     return total;
-}
-
 #endif
+}
 
 /* Activations to int8, one scale per 32 values: scale = max |x| / 127, q = round(x / scale), half to even; `sums` are
    scale * (sum of q). What follows up to a whole `QUANTIZED` is zero. */
@@ -118,12 +137,14 @@ static void NAME(quantize)(const float *x, long columns, int8_t *q, float *scale
     memset(q + columns, 0, whole - columns);
     for (long block = columns / 32; block < whole / 32; block++) scales[block] = sums[block] = 0;
     for (long block = 0; block < columns / 32; block++) {
-        const V16 first = NAME(load_f32)(x + 32 * block), second = NAME(load_f32)(x + 32 * block + 16);
+        const float *here = x + 32 * block;
+        FLOATS zero = {0};
+        for (int i = 0; i < 32; i += LANES) zero += NAME(load_f32)(here + i) * 0.0f;
         /* Zero, or not a number where a value is none: no rounding may hide that. */
-        const float poison = NAME(sum)(first * 0.0f + second * 0.0f);
-        const float largest = NAME(magnitude)(first, second), inverse = largest > 0 ? 127.0f / largest : 0.0f;
+        const float poison = NAME(sum)(zero);
+        const float largest = NAME(magnitude)(here), inverse = largest > 0 ? 127.0f / largest : 0.0f;
         scales[block] = largest / 127.0f + poison;
-        sums[block] = scales[block] * (float)NAME(rounded)(first, second, inverse, q + 32 * block);
+        sums[block] = scales[block] * (float)NAME(rounded)(here, inverse, q + 32 * block);
     }
 }
 
@@ -145,18 +166,18 @@ static inline void NAME(fetch)(const uint8_t *from, long begin, long end) {
 #define FLOAT_ROWS(KIND, BYTES, SCALAR)                                                                     \
     static void NAME(rows_##KIND)(const uint8_t *const row[4], long columns, const struct vector *x, float *out) {     \
         for (int r = 0; r < 4; r++) {                                                                       \
-            V16 sums[2] = {{0}};                                                                            \
+            FLOATS sums[IN_32] = {{0}};                                                                     \
             long i = 0;                                                                                     \
             for (; i + 32 <= columns; i += 32) {                                                            \
                 NAME(fetch)(row[r] + FLOATS_AHEAD, BYTES * i, BYTES * (i + 32));                            \
-                for (int half = 0; half < 2; half++) {                                                      \
-                    const V16 value = NAME(load_f32)(x->values + i + 16 * half);                            \
-                    sums[half] += NAME(load_##KIND)(row[r] + BYTES * (i + 16 * half)) * value;              \
+                _Pragma("GCC unroll 8") for (int k = 0; k < IN_32; k++) {                                   \
+                    const FLOATS value = NAME(load_f32)(x->values + i + LANES * k);                         \
+                    sums[k] += NAME(load_##KIND)(row[r] + BYTES * (i + LANES * k)) * value;                 \
                 }                                                                                           \
             }                                                                                               \
             float rest = 0;                                                                                 \
             for (long k = i; k < columns; k++) rest += SCALAR(row[r] + BYTES * k) * x->values[k];           \
-            out[r] = NAME(sum)(sums[0] + sums[1]) + rest;                                                   \
+            out[r] = NAME(sum_32)(sums) + rest;                                                           \
         }                                                                                                   \
     }
 
@@ -176,7 +197,7 @@ FLOAT_ROWS(f16, 2, scalar_f16)
 #include "expand.h"
 #include "elementwise.h"
 #include "attend.h"
-#if VNNI512
+#if F16C
 #include "attend_many.h"
 #endif
 
@@ -210,16 +231,18 @@ static const struct processor NAME(processor) = {
     0,
 #endif
     {NAME(attend_f32), NAME(attend_bf16), NAME(attend_f16)},
-#if VNNI512
+#if F16C
     NAME(attend_many),
 #else
     0,
 #endif
 };
 
-#undef V16
-#undef U16
-#undef U32
+#undef FLOATS
+#undef SHORTS
+#undef WORDS
+#undef LANES
+#undef IN_32
 #undef FLOAT_ROWS
 #undef LABEL
 #undef NAME
