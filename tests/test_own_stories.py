@@ -16,7 +16,7 @@ STORY = (
     "Once upon a time, there was a dog named Rex who lived with Lily. One day, Lily gave him a red ball. "
     '"Look, it is for you!" she said. The dog ran far with it and came back with mud on his nose. '
     "Lily laughed and cleaned his face with a towel. They sat under the old tree until the sun was low, "
-    "and the dog kept the ball close all night."
+    "and the dog kept the ball close all night. When it was morning, Rex was up first and ran to wake up Lily."
 )
 
 
@@ -29,9 +29,9 @@ def tool() -> Iterator[Any]:
     ("old", "new"),
     [
         ("", ""),
-        (" all night.", " all night"),
-        (" all night.", ' all night, "he thought.'),
-        ("Rex", "Tom"),
+        (" wake up Lily.", " wake up Lily"),
+        (" wake up Lily.", ' wake up Lily, "he thought.'),
+        ("who lived with Lily", "who lived with Lily and Tom"),
         ("Lily laughed", "She laughed. Tom and Tim and Max came. Tom and Tim and Max sat. Lily laughed"),
         ("They sat under", "Lily laughed and cleaned his face with a towel. They sat under"),
         ("with a towel", "with a towel, with a towel, with a towel, with a towel"),
@@ -39,6 +39,9 @@ def tool() -> Iterator[Any]:
         ("Lily laughed", "Lily and Lily laughed"),
         ("Lily gave him", "Lily asked his mom and gave him"),
         (STORY[60:], "Lily was glad to see Lily."),
+        ("kept the ball", "kept the blue ball"),
+        ("mud on his nose", "balls, one ball, this ball, the ball and another ball"),
+        ("Rex was up", "he was up"),
     ],
 )
 def test_a_sound_story_has_an_end_repeats_nothing_and_knows_its_people(tool, old: str, new: str) -> None:
@@ -60,6 +63,46 @@ def test_an_answer_names_what_was_asked_for_in_both_halves(tool) -> None:
     assert not tool.Request("", ("cat",), (), ("cat",)).kept(STORY)
     assert tool.Request("Once upon a time", opening=True).kept(STORY)
     assert not tool.Request("One day", opening=True).kept(STORY)
+
+
+def test_a_deed_that_was_asked_for_is_told(tool) -> None:
+    kept = tool.Request("", ("dog", "ball"), (), ("dog", "ball"), "finds")
+    assert not kept.kept(STORY)
+    assert kept.kept(STORY.replace("One day, Lily gave him", "One day, he found"))
+    forms = {"finds": "find found", "loses": "lose loses lost", "loves": "loved", "wants": "wanted want", "has": "had"}
+    assert forms.keys() == tool.DEEDS.keys()
+    assert all(re.fullmatch(tool.DEEDS[deed], form) for deed in forms for form in forms[deed].split())
+
+
+@pytest.mark.parametrize(
+    ("story", "people", "keeps"),
+    [
+        ("Tim ran. Her mom said yes.", {"Tim"}, False),
+        ("Tim ran. His mom said yes.", {"Tim"}, True),
+        ("Lily sat. She took his toys.", {"Lily"}, False),
+        ("Lily saw a boy. She took his toys.", {"Lily"}, True),
+        ("Lily saw a bear and his friends.", {"Lily"}, True),
+        ("Lily and Tim sat. She took his toys.", {"Lily", "Tim"}, True),
+        ("There was a deer named Square. Squire ran.", set(), False),
+        ("There was a deer named Spot. Spot ran.", set(), True),
+    ],
+)
+def test_stories_keep_to_one(tool, story: str, people: set[str], keeps: bool) -> None:
+    assert tool.keeps_to_one(story, people) == keeps
+
+
+def test_answers_are_chosen_that_are_unlike_better_ones(tool, monkeypatch) -> None:
+    monkeypatch.setattr(tool, "OFTEN", 2)
+    other = "A frog sat on a stone and sang until the moon came over the hill"
+    ranked = [(None, STORY), (None, STORY), (None, STORY), (None, other), (None, other + " with a star")]
+    assert tool.unlike(ranked) == [ranked[0], ranked[1], ranked[3], ranked[4]]
+
+
+def test_answers_with_a_weak_sentence_are_left_out_in_their_order(tool, monkeypatch) -> None:
+    monkeypatch.setattr(tool, "weakest_sentences", lambda _, stories: [-float(story) for story in stories])
+    kept = [(None, number) for number in ("3", "1", "5", "2", "4")]
+    assert tool.without_weak(None, kept) == [(None, number) for number in ("3", "1", "2", "4")]
+    assert tool.without_weak(None, []) == []
 
 
 def test_requests_ask_for_what_the_stories_tell_of(tool) -> None:
@@ -102,6 +145,8 @@ def story_teller(tool, monkeypatch) -> None:
     monkeypatch.setattr(tool, "load_model", lambda _: model)
     monkeypatch.setattr(tool, "guided_answers", answered)
     monkeypatch.setattr(tool, "threads", lambda _, stories: [0.0] * len(stories))
+    monkeypatch.setattr(tool, "weakest_sentences", lambda _, stories: [0.0] * len(stories))
+    monkeypatch.setattr(tool, "OFTEN", 1000)
 
 
 @pytest.mark.usefixtures("story_teller")
@@ -111,9 +156,10 @@ def test_the_file_has_the_best_of_what_was_kept_under_other_names_and_others(too
     assert len(entries) - len(answers) == 3
     printed = re.search(r"(\d+) of 150 answers were kept, (\d+) of these chosen", capsys.readouterr().out)
     kept, best = (int(number) for number in printed.groups())
-    assert 0 < best == round(kept / 2) < 75
+    assert 0 < best == round(round(kept * 0.8) / 2) < 60
     assert 2 * best <= len(answers) <= 4 * best
-    asked = Counter(each[-2]["content"] for each in answers)
+    asked = Counter(each[-2]["content"] for each in answers if not tool.NAME.search(each[-2]["content"]))
+    assert asked
     assert all(count % (4 if "dog" in text and "ball" in text else 2) == 0 for text, count in asked.items())
     for *_, request, answer in answers:
         assert (request["role"], answer["role"]) == ("user", "assistant")

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from causallm.causal_lm import CausalLM
@@ -27,27 +28,56 @@ def halves(story: str) -> tuple[str, str]:
 
 def threads(model: CausalLM, stories: Sequence[str]) -> list[float]:
     """For each story, by how many nats a token its second half is likelier after the first than after nothing."""
-    mark = model.tokenizer.token_id(MARK)
-    if mark is None:
-        raise ValueError(f"the model's tokenizer has no {MARK}, expected a model trained on texts divided by it")
+    mark = _mark(model)
     pairs = [tuple(map(model.tokenizer.encode, halves(story))) for story in stories]
     known = _log_likelihoods(model, [([mark, *first], second) for first, second in pairs])
     alone = _log_likelihoods(model, [([mark], second) for _, second in pairs])
     return [(a - b) / max(1, len(second)) for a, b, (_, second) in zip(known, alone, pairs, strict=True)]
 
 
+def weakest_sentences(model: CausalLM, stories: Sequence[str]) -> list[float]:
+    """For each story, the least that one of its sentences is expected after those before it: log-likelihood a token."""
+    mark, sentences = _mark(model), [_sentences(model, story) for story in stories]
+    scores = _token_log_likelihoods(
+        model, [[mark, *(id for sentence in story for id in sentence)] for story in sentences]
+    )
+    found = []
+    for story, likely in zip(sentences, scores, strict=True):
+        parts = likely.split([len(sentence) for sentence in story])
+        found.append(min(part.mean().item() for part in parts))
+    return found
+
+
+def _sentences(model: CausalLM, story: str) -> list[list[int]]:
+    ends = [match.end() for match in SENTENCE_END.finditer(story)]
+    cut = [story[begin:end] for begin, end in zip((0, *ends), (*ends, len(story)), strict=True)]
+    return [model.tokenizer.encode(sentence) for sentence in cut if sentence]
+
+
+def _mark(model: CausalLM) -> int:
+    mark = model.tokenizer.token_id(MARK)
+    if mark is None:
+        raise ValueError(f"the model's tokenizer has no {MARK}, expected a model trained on texts divided by it")
+    return mark
+
+
 def _log_likelihoods(model: CausalLM, asked: Sequence[tuple[list[int], list[int]]]) -> list[float]:
-    """Of each second list of tokens after the first; those of like length are computed together."""
-    found = [0.0] * len(asked)
-    order = sorted(range(len(asked)), key=lambda number: len(asked[number][0]) + len(asked[number][1]))
+    """Of each second list of tokens after the first."""
+    scores = _token_log_likelihoods(model, [[*before, *after] for before, after in asked])
+    return [each[len(before) - 1 :].sum().item() for each, (before, _) in zip(scores, asked, strict=True)]
+
+
+def _token_log_likelihoods(model: CausalLM, rows: Sequence[list[int]]) -> list[Float[Tensor, "tokens"]]:
+    """Of each token of a row but the first; rows of like length are computed together."""
+    found = [torch.empty(0)] * len(rows)
+    order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
     for begin in range(0, len(order), ROWS):
         numbers = order[begin : begin + ROWS]
-        ids = _padded([asked[number][0] + asked[number][1] for number in numbers])
+        ids = _padded([rows[number] for number in numbers])
         with torch.inference_mode():
             scores = model(ids[:, :-1]).float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
-        for row, number in enumerate(numbers):
-            before, after = map(len, asked[number])
-            found[number] = float(scores[row, before - 1 : before + after - 1].sum())
+        for score, number in zip(scores, numbers, strict=True):
+            found[number] = score[: len(rows[number]) - 1]
     return found
 
 
