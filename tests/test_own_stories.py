@@ -120,6 +120,11 @@ def test_requests_ask_for_what_the_stories_tell_of(tool) -> None:
     assert any("a red " in request.text for request in asked)
 
 
+def test_stories_that_name_nothing_twice_are_refused(tool) -> None:
+    with pytest.raises(ValueError, match="expected more of them"):
+        tool.Requests(["A dog ran."], random.Random(0)).next()
+
+
 def answered(model: Any, requests: list[str], config: Any, guidance: float, seed: int) -> list[str | None]:
     """All requests get one story, and every eighth has no end."""
     assert (config.max_new_tokens, config.eos_token_id, guidance) == (280, (0, 2), 1.5)

@@ -119,6 +119,8 @@ class Requests:
     def thing(self, among: Container[str] = THINGS) -> str:
         """One of those that the data name."""
         weights = {thing: weight for thing, weight in self.weights.items() if thing in among}
+        if not weights:
+            raise ValueError("the stories name nobody and nothing to ask for more than once, expected more of them")
         return self.draw.choices([*weights], [*weights.values()])[0]
 
     def phrase(self, thing: str) -> str:

@@ -48,6 +48,13 @@ def weakest_sentences(model: CausalLM, stories: Sequence[str]) -> list[float]:
     return found
 
 
+def log_likelihood(model: CausalLM, stories: Sequence[str]) -> float:
+    """Of a token of the stories, each by itself, in the mean."""
+    mark = _mark(model)
+    scores = _token_log_likelihoods(model, [[mark, *model.tokenizer.encode(story)] for story in stories])
+    return torch.cat(scores).mean().item()
+
+
 def _sentences(model: CausalLM, story: str) -> list[list[int]]:
     ends = [match.end() for match in SENTENCE_END.finditer(story)]
     cut = [story[begin:end] for begin, end in zip((0, *ends), (*ends, len(story)), strict=True)]
