@@ -63,6 +63,8 @@ MUDDLED = re.compile(
 
 COLOURED = re.compile(rf"\b(red|blue|green|yellow|pink|purple|brown|white|black|orange) ({'|'.join(THINGS)})\b")
 CALLED = re.compile(r"\b(?:named|called) ([A-Z]\w+)")
+MALE = "boy|brother|man|king|prince|wizard|knight|grandpa|fireman|policeman|he"
+FEMALE = "girl|sister|woman|lady|queen|princess|witch|fairy|grandma"
 OWN = "mom|mum|mommy|dad|daddy|parents|toys|room|bed|friends?"
 
 
@@ -156,7 +158,7 @@ def keeps_to_one(answer: str, people: Iterable[str]) -> bool:
     girls, boys = (any(name in WORDS[group] for name in people) for group in ("girls", "boys"))
     lower, called = answer.lower(), set(CALLED.findall(answer))
     hers, his = (re.search(rf"\b{whose} (?:{OWN})\b", lower) for whose in ("her", "his"))
-    others = re.search(rf"\b(?:{'he|him|' if girls else 'she|'}{'|'.join(WHO)})\b", lower)
+    others = re.search(rf"\b(?:{MALE if girls else FEMALE})\b", lower)
     mixed = girls != boys and not others and (hers if boys else his)
     return not mixed and all(len(re.findall(rf"\b{name}\b", answer)) > 1 for name in called)
 
