@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
-from layers.kv_cache import Columns, KVCache
+from layers.kv_cache import Columns, KVCache, Room
 
 SCALE = torch.float32
 LARGEST = 127
@@ -32,7 +32,7 @@ class Int8KVCache(KVCache):
     """Two caches of one kind, for codes (int8) and scales (`SCALE`, head_dim 1), that always do the same.
 
     What is appended is quantised; `update` gives everything back as floats of the dtype it came in, so attention
-    computes as ever, on keys and values of 8 bits.
+    computes as ever, on keys and values of 8 bits. The native kernels read the codes themselves, for a token or a few.
     """
 
     def __init__(self, codes: KVCache, scales: KVCache):
@@ -64,8 +64,21 @@ class Int8KVCache(KVCache):
         self._scales.reserve(columns)
 
     def takes(self, time: int) -> bool:
-        """Never: nobody else may write into it."""
-        return False
+        return self._codes.takes(time)
+
+    def holds(self, batch: int, kv_heads: int, head_dim: int) -> bool:
+        return self._codes.holds(batch, kv_heads, head_dim)
+
+    def claim(self, time: int) -> Room:
+        """The caller writes codes and scales."""
+        room, scales = self._codes.claim(time), self._scales.claim(time)
+        self.offset = self._codes.offset
+        return room._replace(scales=(scales.keys, scales.values))
+
+    def give_back(self, time: int) -> None:
+        self._codes.give_back(time)
+        self._scales.give_back(time)
+        self.offset = self._codes.offset
 
     def reaches(self, columns: int) -> bool:
         return self._codes.reaches(columns)

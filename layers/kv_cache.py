@@ -18,13 +18,23 @@ Columns = tuple[range, ...]
 
 class Room(NamedTuple):
     """Memory, (batch, kv_heads, capacity, head_dim), of which new tokens may see the first `past` slots, which stand
-    for `columns`; their own begin at `slot`."""
+    for `columns`; their own begin at `slot`. `scales`, (batch, kv_heads, capacity, 1) each: of keys and values that
+    are codes."""
 
     keys: Tensor
     values: Tensor
     past: int
     slot: int
     columns: Columns
+    scales: tuple[Tensor, Tensor] | None = None
+
+    def floats(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values that new tokens may see: views of floats, codes as `dtype`."""
+        keys, values = (part[:, :, : self.past] for part in (self.keys, self.values))
+        if self.scales is None:
+            return keys, values
+        key_scales, value_scales = (part[:, :, : self.past] for part in self.scales)
+        return (keys * key_scales).to(dtype), (values * value_scales).to(dtype)
 
 
 class KVCache:

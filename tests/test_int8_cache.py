@@ -7,12 +7,14 @@ import pytest
 import torch
 from conftest import Checkpoints
 from families import FAMILIES, in_pieces, our_forward, prompt, relative_error
+from test_kernels import LEVELS, needs_kernels
 from text_models import PROMPT, save_text_model
 
 from causallm import load_model
 from causallm.perplexity import perplexity
 from causallm.report import Report
 from layers.int8_cache import Int8KVCache, position_bytes, quantize
+from layers.kernels import halves, native
 from layers.kv_cache import KVCache
 
 
@@ -64,8 +66,12 @@ def _rounded(x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.inference_mode()
-def test_every_family_computes_with_the_rounded_numbers(checkpoints: Checkpoints, name: str) -> None:
-    """Of all columns: what the sliding ones of them mask away makes no difference."""
+def test_every_family_computes_with_the_rounded_numbers(
+    checkpoints: Checkpoints, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all columns: what the sliding ones of them mask away makes no difference. By the modules alone: what the
+    kernels compute differs in the last bits, and a number between two steps may be rounded to the other."""
+    monkeypatch.setattr(halves, "_serves", lambda _: False)
     ids, model, cuts = prompt(), checkpoints.ours(name, kv_cache_dtype="int8"), (13, 14, 33, 34)
     cfg = model.config
     rounding = [Rounding(2, cfg.num_key_value_heads, cfg.head_dim, torch.float32) for _ in model.layers]
@@ -74,6 +80,43 @@ def test_every_family_computes_with_the_rounded_numbers(checkpoints: Checkpoints
     assert relative_error(logits, in_pieces(our_forward(model, rounding), ids, cuts)) < 1e-5
     off = relative_error(logits, in_pieces(our_forward(checkpoints.ours(name)), ids, cuts))
     assert 1e-4 < off < 0.5
+
+
+NATIVE = ("qwen3", "qwen3-moe", "gemma3", "gemma3 score softcap", "gpt-oss", "gpt-oss tied, clamping")
+"""Heads of whole vectors."""
+
+
+@needs_kernels
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", NATIVE)
+@torch.inference_mode()
+def test_the_kernels_write_and_read_what_the_modules_do(
+    checkpoints: Checkpoints, name: str, level: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for numbers between two steps, which are rounded to either."""
+    ids, model, cuts = prompt(), checkpoints.ours(name, kv_cache_dtype="int8"), (13, 14, 15, 33, 34)
+    served: list[int] = []
+    run, turn = native.run_halves, native.turn
+    monkeypatch.setattr(native, "run_halves", lambda part, tokens: (served.append(len(part)), run(part, tokens))[1])
+    monkeypatch.setattr(native, "turn", lambda *arguments: (served.append(0), turn(*arguments))[1])
+    native.choose(level)
+    try:
+        fast = model.make_cache(2)
+        logits = in_pieces(our_forward(model, fast), ids, cuts)
+        assert max(served) > 0 == min(served)
+        monkeypatch.setattr(halves, "_serves", lambda _: False)
+        slow = model.make_cache(2)
+        expected = in_pieces(our_forward(model, slow), ids, cuts)
+    finally:
+        native.choose(native.AVX512)
+    assert relative_error(logits, expected) < 1e-2
+    for one, other in zip(fast, slow, strict=True):
+        found, wanted = one.state(), other.state()
+        for part in ("keys", "values"):
+            apart = (found[part].int() - wanted[part].int()).abs()
+            assert apart.max() <= 1
+            assert apart.float().mean() < 0.01
+            assert relative_error(found[f"{part[:-1]}_scales"], wanted[f"{part[:-1]}_scales"]) < 2e-3
 
 
 def test_the_cache_is_as_large_as_it_is_said_to_be(tmp_path: Path) -> None:

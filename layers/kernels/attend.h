@@ -63,6 +63,7 @@ static void NAME(softmax)(float *scores, long past, const float *sink) {
         const float *bias = a->bias ? a->bias + batch * a->bias_row + row % a->time * past : 0;             \
         const float *query = a->query + row * a->query_row + head * dim;                                    \
         float *out = a->out + row * a->heads * dim + head * dim;                                            \
+        const long scales = batch * a->scale_row + kv_head * a->scale_head;                                 \
         for (long t = 0; t < past; t += POSITIONS) {                                                        \
             const long count = past - t < POSITIONS ? past - t : POSITIONS;                                 \
             for (int g = 0; g < heads; g++)                                                                 \
@@ -72,11 +73,15 @@ static void NAME(softmax)(float *scores, long past, const float *sink) {
         for (int g = 0; g < heads; g++) {                                                                   \
             float *s = scores + g * stride;                                                                 \
             for (long t = 0; t < past; t++) s[t] *= a->scale;                                               \
+            if (a->key_scales)                                                                              \
+                for (long t = 0; t < past; t++) s[t] *= a->key_scales[scales + t];                          \
             if (a->softcap > 0)                                                                             \
                 for (long t = 0; t < past; t++) s[t] = a->softcap * tanhf(s[t] / a->softcap);               \
             if (bias)                                                                                       \
                 for (long t = 0; t < past; t++) s[t] += bias[t];                                            \
             NAME(softmax)(s, past, a->sinks ? a->sinks + head + g : 0);                                     \
+            if (a->value_scales)                                                                            \
+                for (long t = 0; t < past; t++) s[t] *= a->value_scales[scales + t];                        \
         }                                                                                                   \
         memset(out, 0, sizeof(float) * heads * dim);                                                        \
         for (long t = 0; t < past; t += POSITIONS) {                                                        \
@@ -98,6 +103,24 @@ static void NAME(softmax)(float *scores, long past, const float *sink) {
 ATTEND(f32, 4)
 ATTEND(bf16, 2)
 ATTEND(f16, 2)
+ATTEND(i8, 1)
+
+/* A head as int8 times one scale: layers/int8_cache.py. */
+static void NAME(round_head)(const float *x, long count, int8_t *q, float *scale) {
+    float largest = 0, poison = 0;
+    for (long i = 0; i < count; i++) {
+        largest = fabsf(x[i]) > largest ? fabsf(x[i]) : largest;
+        poison += x[i] * 0.0f;
+    }
+    *scale = largest / 127.0f + poison;
+    const float divisor = largest > 0 ? largest / 127.0f : 1.0f;
+    for (long i = 0; i < count; i++) {
+        const float shifted = x[i] / divisor + 12582912.0f; /* rounds to an integer, half to even */
+        uint32_t bits;
+        memcpy(&bits, &shifted, 4);
+        q[i] = (int8_t)(bits - 0x4B400000u);
+    }
+}
 
 #undef AHEAD
 #undef POSITIONS

@@ -1,18 +1,5 @@
 /* Packed rows to fp32 or bf16, a vector at a time; included by kernels.h once per kind of processor. */
 
-/* Spelled out: compilers make scalar code of __builtin_convertvector here. */
-static inline FLOATS NAME(signed_values)(const int8_t *integers) {
-#if VNNI512
-    return (FLOATS)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)integers)));
-#elif F16C
-    return (FLOATS)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)integers)));
-#else
-    FLOATS v;
-    for (int i = 0; i < LANES; i++) v[i] = integers[i];
-    return v;
-#endif
-}
-
 /* One row of weights; bf16 is rounded half to even. */
 static void NAME(expand)(int kind, const uint8_t *row, long columns, float *wide, uint16_t *narrow) {
     const int values = FORMATS[kind].values, bytes = FORMATS[kind].bytes;
@@ -21,7 +8,7 @@ static void NAME(expand)(int kind, const uint8_t *row, long columns, float *wide
     for (long at = 0; at < columns; at += values, row += bytes) {
         NAME(integers)[kind](row, integers, scales, minimums);
         for (int i = 0; i < values; i += LANES) {
-            const FLOATS found = NAME(signed_values)(integers + i) * scales[i / 16] - minimums[i / 32];
+            const FLOATS found = NAME(load_i8)(integers + i) * scales[i / 16] - minimums[i / 32];
             if (wide) *(FLOATS *)(wide + at + i) = found;
             else *(SHORTS *)(narrow + at + i) = NAME(to_bf16)(found);
         }

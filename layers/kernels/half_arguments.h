@@ -32,7 +32,8 @@ struct attention_half {
     struct layer first[3], last; /* queries, keys, values; output */
     struct stored sinks;
     void *keys, *values; /* of the cache */
-    long key_row, key_head, key_step, value_row, value_head, value_step;
+    float *key_scales, *value_scales; /* of one of int8 */
+    long key_row, key_head, key_step, value_row, value_head, value_step, scale_row, scale_head;
     long past, slot, bias_row, table_row;
     const float *bias, *cosines, *sines;
     int cache_kind, heads, kv_heads, head_dim;

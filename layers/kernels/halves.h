@@ -102,6 +102,21 @@ static void rotate(float *head, int dim, const float *cosines, const float *sine
     }
 }
 
+static void put(const struct attention_half *half, void *cache, long at, float *scales, long scale, const float *values) {
+    if (scales) processor->round_head(values, half->head_dim, (int8_t *)cache + at, scales + scale);
+    else processor->narrow(half->cache_kind, values, half->head_dim, item(cache, half->cache_kind, at));
+}
+
+static void put_key(const struct attention_half *half, long row, long head, long slot, const float *values) {
+    put(half, half->keys, row * half->key_row + head * half->key_head + slot * half->key_step, half->key_scales,
+        row * half->scale_row + head * half->scale_head + slot, values);
+}
+
+static void put_value(const struct attention_half *half, long row, long head, long slot, const float *values) {
+    put(half, half->values, row * half->value_row + head * half->value_head + slot * half->value_step, half->value_scales,
+        row * half->scale_row + head * half->scale_head + slot, values);
+}
+
 /* Heads of queries and keys normalised and rotated in place; keys and values put into the cache. */
 static void prepare_heads(const struct attention_half *half, struct shared *shared, const struct own *own) {
     const long tokens = shared->tokens.batch * shared->tokens.time, heads = half->heads + half->kv_heads, dim = half->head_dim;
@@ -115,10 +130,8 @@ static void prepare_heads(const struct attention_half *half, struct shared *shar
         rotate(values, (int)dim, half->cosines + table, half->sines + table);
         if (head < half->heads) continue;
         const long kv = head - half->heads, slot = half->slot + step;
-        const long key = b * half->key_row + kv * half->key_head + slot * half->key_step;
-        const long value = b * half->value_row + kv * half->value_head + slot * half->value_step;
-        processor->narrow(half->cache_kind, values, dim, item(half->keys, half->cache_kind, key));
-        processor->narrow(half->cache_kind, values + half->kv_heads * dim, dim, item(half->values, half->cache_kind, value));
+        put_key(half, b, kv, slot, values);
+        put_value(half, b, kv, slot, values + half->kv_heads * dim);
     }
 }
 
@@ -145,9 +158,9 @@ static void attend_block(struct shared *shared, struct team *team, const struct 
         sinks = own->weights;
     }
     const struct attention attention = {
-        shared->projected, half->bias, sinks, half->keys, half->values, shared->mixed, half->past,
-        half->key_row, half->key_head, half->key_step, half->value_row, half->value_head, half->value_step,
-        half->bias_row, width + 2 * half->kv_heads * half->head_dim,
+        shared->projected, half->bias, sinks, half->keys, half->values, shared->mixed, half->key_scales, half->value_scales,
+        half->past, half->key_row, half->key_head, half->key_step, half->value_row, half->value_head, half->value_step,
+        half->scale_row, half->scale_head, half->bias_row, width + 2 * half->kv_heads * half->head_dim,
         (int)tokens->batch, (int)tokens->time, half->heads, half->kv_heads, half->head_dim, half->scale, half->softcap,
     };
     attend_units(&attention, half->cache_kind, &shared->next[UNITS], team->size, own->scores);

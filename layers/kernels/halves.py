@@ -23,7 +23,7 @@ from layers.expert_store import FetchedExperts
 from layers.kernels import native
 from layers.kernels.fetched_halves import mix_fetched
 from layers.kernels.half_arguments import ATTENTION, MLP, NUMBERS, Half, HalfArguments, Tokens, half_arguments
-from layers.kernels.part_arguments import CODES, UnknownPartError
+from layers.kernels.part_arguments import CACHE_CODES, CODES, UnknownPartError
 from layers.kernels.prompt_halves import complete, prompt_through_halves
 from layers.kv_cache import KVCache
 from layers.linear import FullyConnected
@@ -85,7 +85,9 @@ class _Course:
             and step.positions.shape[0] in (1, batch)
             and step.positions.shape[1] == time
             and all(
-                cache.dtype in CODES and cache.takes(time) and cache.holds(batch, core.num_kv_heads, core.head_dim)
+                cache.dtype in CACHE_CODES
+                and cache.takes(time)
+                and cache.holds(batch, core.num_kv_heads, core.head_dim)
                 for cache, core in zip(caches, self.attentions, strict=True)
             )
         )

@@ -38,6 +38,23 @@ static inline FLOATS NAME(load_f16)(const void *p) {
 #endif
 }
 
+/* int8; compilers make scalar code of __builtin_convertvector here. */
+static inline FLOATS NAME(load_i8)(const void *p) {
+#if VNNI512
+    return (FLOATS)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p)));
+#elif F16C
+    return (FLOATS)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p)));
+#elif defined(__aarch64__)
+    int32_t four;
+    memcpy(&four, p, 4);
+    return (FLOATS)vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four))))));
+#else
+    FLOATS v;
+    for (int i = 0; i < LANES; i++) v[i] = ((const int8_t *)p)[i];
+    return v;
+#endif
+}
+
 static inline SHORTS NAME(to_bf16)(FLOATS v) {
     const WORDS bits = (WORDS)v, number = (WORDS)(v == v);
     return __builtin_convertvector((((bits + 0x7FFF + (bits >> 16 & 1)) & number) | (0x7FC00000 & ~number)) >> 16, SHORTS);
@@ -230,7 +247,8 @@ static const struct processor NAME(processor) = {
     0,
     0,
 #endif
-    {NAME(attend_f32), NAME(attend_bf16), NAME(attend_f16)},
+    {[F32] = NAME(attend_f32), [BF16] = NAME(attend_bf16), [F16] = NAME(attend_f16), [Q8_0] = NAME(attend_i8)},
+    NAME(round_head),
 #if F16C
     NAME(attend_many),
 #else

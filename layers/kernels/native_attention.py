@@ -26,9 +26,9 @@ class AttentionArguments(ctypes.Structure):
     """struct attention of processors.h."""
 
     _fields_ = [
-        *((name, Address) for name in ("query", "bias", "sinks", "keys", "values", "out")),
-        *((name, Size) for name in "past key_row key_head key_step value_row value_head value_step bias_row".split()),
-        ("query_row", Size),
+        *((name, Address) for name in "query bias sinks keys values out key_scales value_scales".split()),
+        *((name, Size) for name in "past key_row key_head key_step value_row value_head value_step".split()),
+        *((name, Size) for name in ("scale_row", "scale_head", "bias_row", "query_row")),
         *((name, ctypes.c_int) for name in ("batch", "time", "heads", "kv_heads", "head_dim")),
         *((name, ctypes.c_float) for name in ("scale", "softcap")),
     ]
@@ -56,9 +56,13 @@ def attend(
         key.data_ptr(),
         value.data_ptr(),
         out.data_ptr(),
+        None,
+        None,
         key.shape[2],
         *key.stride()[:3],
         *value.stride()[:3],
+        0,
+        0,
         0 if bias is None or bias.shape[0] == 1 else bias.stride(0),
         heads * head_dim,
         batch,

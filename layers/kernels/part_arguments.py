@@ -3,6 +3,7 @@
 import ctypes
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from layers.activation import ACTIVATIONS
@@ -16,6 +17,8 @@ from layers.swiglu import SwiGLU
 
 CODES = {dtype: KINDS[kind] for dtype, kind in FLOATS.items()}
 """Numbers of the dtypes that vectors may have."""
+CACHE_CODES = {**CODES, torch.int8: KINDS["Q8_0"]}
+"""Of the dtypes that a cache may have: int8 has scales apart."""
 ACTIVATION_CODES = {
     id(ACTIVATIONS[name]): code for name, code in (("silu", 0), ("swish", 0), ("gelu_pytorch_tanh", 1), ("gelu_new", 1))
 }

@@ -35,7 +35,8 @@ struct attention {
     const float *query, *bias, *sinks;
     const void *keys, *values;
     float *out;
-    long past, key_row, key_head, key_step, value_row, value_head, value_step, bias_row, query_row;
+    const float *key_scales, *value_scales; /* of a cache of int8: one for a position and head */
+    long past, key_row, key_head, key_step, value_row, value_head, value_step, scale_row, scale_head, bias_row, query_row;
     int batch, time, heads, kv_heads, head_dim;
     float scale, softcap;
 };
@@ -79,7 +80,9 @@ struct processor {
     int panel_rows, vectors;
     void (*panel)(int kind, const uint8_t *weight, long bytes, int count, long columns, char *panel);
     void (*by_panel)(int kind, const char *panel, long columns, const struct many_vectors *x, long first, float *out);
-    void (*attend[3])(const struct attention *, long row, int kv_head, int first, int heads, float *scores);
+    /* By the cache's kind: floats, or Q8_0 for int8 whose scales, one for all of a head, lie apart. */
+    void (*attend[Q8_0 + 1])(const struct attention *, long row, int kv_head, int first, int heads, float *scores);
+    void (*round_head)(const float *x, long count, int8_t *q, float *scale);
     /* Of `tokens` tokens with all query heads of a key-value head; null where torch is faster. */
     void (*attend_many)(const struct many_attention *, int batch, int kv_head, long token, int tokens, struct many_room *);
 };

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from layers.kernels import native
 from layers.kernels.half_arguments import ATTENTION, MLP, Half
-from layers.kernels.part_arguments import CODES
-from layers.kv_cache import KVCache
+from layers.kernels.part_arguments import CACHE_CODES
+from layers.kv_cache import KVCache, Room
 from layers.mha_core import attend
 from layers.step import Mask, Step
 
@@ -42,10 +42,11 @@ def _attention(attention: Any, argument: Any, x: Tensor, step: Step, cache: KVCa
     core = attention.core
     rows = _normalised(argument.norm, x, dtype)
     query, key, value = attention.q_proj(rows), attention.k_proj(rows), attention.v_proj(rows)
-    alive, mask, past = complete(argument, cache, core, step, x)
+    alive, mask, room = complete(argument, cache, core, step, x)
     turned = query.new_empty(x.shape[0], core.num_heads, x.shape[1], core.head_dim)
     native.turn(argument, query, key, value, turned)
-    keys, values = (part[:, :, :past] for part in alive[:2])
+    del alive
+    keys, values = room.floats(dtype)
     mixed = attend(turned, keys, values, mask, core.scale, core.score_softcap, attention.sinks)
     return attention.o_proj(mixed.transpose(1, 2).flatten(-2))
 
@@ -63,18 +64,17 @@ def _normalised(norm: ctypes.Structure, x: Tensor, dtype: torch.dtype) -> Tensor
     return rows
 
 
-def complete(argument: Any, cache: KVCache, core: Any, step: Step, x: Tensor) -> tuple[list[Tensor], Mask, int]:
+def complete(argument: Any, cache: KVCache, core: Any, step: Step, x: Tensor) -> tuple[list[Tensor], Mask, Room]:
     """Say where the cache, the rotary tables and the mask lie.
 
-    Returns the tensors that must outlive the call, the cache's keys and values first, the mask, and how many slots of
-    the cache the tokens may see.
+    Returns the tensors that must outlive the call, the mask, and the cache's memory.
     """
     room = cache.claim(x.shape[1])
     keys, values = room.keys, room.values
     argument.keys, argument.values = keys.data_ptr(), values.data_ptr()
     argument.key_row, argument.key_head, argument.key_step, _ = keys.stride()
     argument.value_row, argument.value_head, argument.value_step, _ = values.stride()
-    argument.cache_kind, argument.past, argument.slot = CODES[keys.dtype], room.past, room.slot
+    argument.cache_kind, argument.past, argument.slot = CACHE_CODES[keys.dtype], room.past, room.slot
     cosines, sines = step.rotary(core.rope)
     if cosines.dtype != torch.float32:
         cosines, sines = cosines.float(), sines.float()
@@ -82,8 +82,12 @@ def complete(argument: Any, cache: KVCache, core: Any, step: Step, x: Tensor) ->
     argument.table_row = 0 if cosines.shape[0] == 1 else cosines.stride(0)
     mask = step.mask(core.window, room.columns)
     alive = [keys, values, cosines, sines]
+    if room.scales is not None:
+        argument.key_scales, argument.value_scales = (scales.data_ptr() for scales in room.scales)
+        argument.scale_row, argument.scale_head = room.scales[0].stride()[:2]
+        alive += room.scales
     if mask.bias is not None:
         bias = mask.bias.float().contiguous()
         argument.bias, argument.bias_row = bias.data_ptr(), 0 if bias.shape[0] == 1 else bias.stride(0)
         alive.append(bias)
-    return alive, mask, room.past
+    return alive, mask, room

@@ -83,11 +83,9 @@ static void turn_token(const struct rows_job *job, long row, float *room) {
         if (norm->weight.values) normalise(norm, head, dim, weights, head);
         rotate(head, (int)dim, cosines, sines);
         if (is_key) {
-            const long at = b * half->key_row + key * half->key_head + slot * half->key_step;
-            processor->narrow(half->cache_kind, head, dim, item(half->keys, half->cache_kind, at));
+            put_key(half, b, key, slot, head);
             processor->widen(job->kind, item((void *)job->third, job->kind, index * dim), dim, head);
-            const long value = b * half->value_row + key * half->value_head + slot * half->value_step;
-            processor->narrow(half->cache_kind, head, dim, item(half->values, half->cache_kind, value));
+            put_value(half, b, key, slot, head);
         } else {
             const long at = ((b * half->heads + h) * job->time + step) * dim;
             processor->narrow(job->kind, head, dim, item(job->out, job->kind, at));
