@@ -13,7 +13,7 @@ static inline int8x16_t NAME(upper)(uint8x16_t bytes) { return vreinterpretq_s8_
 
 /* Sums of four products each of 32 codes. */
 static inline int32x4_t NAME(dot32)(int8x16_t first, int8x16_t last, const int8_t *q) {
-    return vdotq_s32(vdotq_s32(vdupq_n_s32(0), first, vld1q_s8(q)), last, vld1q_s8(q + 16));
+    return NAME(dot)(NAME(dot)(vdupq_n_s32(0), first, vld1q_s8(q)), last, vld1q_s8(q + 16));
 }
 
 static inline int32x4_t NAME(dot_q4_0)(const uint8_t *p, const int8_t *q) {
@@ -66,7 +66,7 @@ static inline float32x4_t NAME(add_q4_k)(float32x4_t sum, const uint8_t *p, cons
 static inline int32x4_t NAME(dot_q6_k)(int32x4_t sum, int8x16_t low, uint8x16_t top, const int8_t *q, uint8_t scale) {
     const int8x16_t high = vreinterpretq_s8_u8(vandq_u8(top, vdupq_n_u8(48)));
     const int8x16_t codes = vsubq_s8(vorrq_s8(low, high), vdupq_n_s8(32));
-    return vmlaq_n_s32(sum, vdotq_s32(vdupq_n_s32(0), codes, vld1q_s8(q)), (int8_t)scale);
+    return vmlaq_n_s32(sum, NAME(dot)(vdupq_n_s32(0), codes, vld1q_s8(q)), (int8_t)scale);
 }
 
 static inline float32x4_t NAME(add_q6_k)(float32x4_t sum, const uint8_t *p, const struct vector *x, long block) {

@@ -89,7 +89,7 @@ typedef struct {
 static inline void NAME(add_32)(NAME(total) *total, const int8_t *values, const float *scales, const int8_t *q, float scale) {
     const int32x4_t zero = vdupq_n_s32(0);
     for (int side = 0; side < 2; side++) {
-        const int32x4_t dots = vdotq_s32(zero, vld1q_s8(values + 16 * side), vld1q_s8(q + 16 * side));
+        const int32x4_t dots = NAME(dot)(zero, vld1q_s8(values + 16 * side), vld1q_s8(q + 16 * side));
         total->products = vfmaq_n_f32(total->products, vcvtq_f32_s32(dots), scales[side] * scale);
     }
 }

@@ -202,6 +202,18 @@ FLOAT_ROWS(f32, 4, scalar_f32)
 FLOAT_ROWS(bf16, 2, scalar_bf16)
 FLOAT_ROWS(f16, 2, scalar_f16)
 
+#if NEON_DOT
+/* clang declares the intrinsic only where all code is compiled for processors that have it. */
+static inline int32x4_t NAME(dot)(int32x4_t sum, int8x16_t a, int8x16_t b) {
+#if defined(__clang__) && !defined(__ARM_FEATURE_DOTPROD)
+    __asm__("sdot %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(a), "w"(b));
+    return sum;
+#else
+    return vdotq_s32(sum, a, b);
+#endif
+}
+#endif
+
 #include "integers.h"
 #include "block_rows.h"
 
