@@ -205,6 +205,14 @@ def test_answers_that_found_no_end_are_left_out(tool, monkeypatch, tmp_path) -> 
 
 def test_data_without_stories_is_refused(tool, tmp_path) -> None:
     (tmp_path / "train.jsonl").write_text('{"messages": []}\n', encoding="utf-8")
-    arguments = argparse.Namespace(model=tmp_path, data=tmp_path / "train.jsonl", output=tmp_path / "out", seed=1)
+    arguments = argparse.Namespace(
+        model=tmp_path, data=tmp_path / "train.jsonl", output=tmp_path / "out", seed=1, share=1
+    )
     with pytest.raises(ValueError, match='no entry with "text"'):
         tool.write_kept(arguments)
+
+
+@pytest.mark.parametrize("share", [0, -1, 1.5])
+def test_a_share_that_is_none_is_refused(tool, share: float) -> None:
+    with pytest.raises(ValueError, match=f"--share: got {share}"):
+        tool.write_kept(argparse.Namespace(share=share))

@@ -189,6 +189,8 @@ def main() -> int:
 
 def write_kept(args: argparse.Namespace) -> int:
     """Write the best of the answers that were kept, a conversation a line."""
+    if not 0 < args.share <= 1:
+        raise ValueError(f"--share: got {args.share}, expected a part of the answers, more than 0 and up to 1")
     lines = args.data.read_text(encoding="utf-8").splitlines()
     stories = [entry["text"] for entry in map(json.loads, lines) if "text" in entry]
     if not stories:
