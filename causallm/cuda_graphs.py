@@ -85,7 +85,8 @@ def obstacle(model: Transformer, cache: Sequence[KVCache]) -> str | None:
         return "the weights are fetched as they are needed"
     if any(_hooks(model)):
         return "a recorded step would not call the hooks"
-    if windows != [getattr(layer, "window", None) for layer in cache] or not all(layer.takes(1) for layer in cache):
+    known = windows == [getattr(layer, "window", None) for layer in cache]
+    if not known or not all(layer.takes(1) and layer.dtype.is_floating_point for layer in cache):
         return "the cache is of a kind that only the processor can write to"
     return None
 
