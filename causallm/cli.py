@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from causallm.allocator import keep_freed_memory
 from causallm.out_of_memory import out_of_memory
+from causallm.thread_waiting import wait_briefly
 
 VERBS = {
     "run": "answer a prompt (the default: MODEL may stand first)",
@@ -89,6 +90,7 @@ def _execute(arguments: list[str]) -> int:
     else:
         _check_verb(arguments[0])
     keep_freed_memory()
+    wait_briefly()
     command = importlib.import_module(f"causallm.commands.{verb}")
     parser = Parser(
         f"main.py {verb}",

@@ -26,7 +26,7 @@ static int join(struct team *team) {
     return atomic_fetch_add(&team->joined, 1);
 }
 
-#define SPINS 50000 /* before the processor is left to a thread that may need it */
+#define SPINS 1000 /* before the processor is left to a thread that may need it, some 20 to 40 us */
 
 static void wait_for_all(struct team *team) {
     const int phase = atomic_load(&team->phase);
