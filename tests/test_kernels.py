@@ -52,6 +52,14 @@ def test_they_are_there_where_there_is_a_compiler() -> None:
     assert native.library() is not None
 
 
+@pytest.mark.skipif(not shutil.which("clang"), reason="there is no clang")
+def test_clang_compiles_them() -> None:
+    """It knows fewer of the processor's features by name than gcc does."""
+    source = Path(native.__file__).with_name("native.c")
+    options = ["-fsyntax-only", "-std=gnu11", "-Wno-psabi", "-Werror"]
+    subprocess.run(["clang", *options, str(source)], check=True)
+
+
 @needs_kernels
 def test_which_processors_have_kernels_for_many_rows_and_tokens() -> None:
     """Without them the tests of both would be of torch's operators, or skipped."""

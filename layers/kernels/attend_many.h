@@ -1,6 +1,6 @@
 /* Attention of many tokens: softmax(q k^T) v for some tokens and all query heads of one key-value head, POSITIONS keys at
    a time, with the softmax so far (Milakov and Gimelshein 2018, arXiv:1805.02867). Included by kernels.h for
-   AVX-512.
+   AVX2 and AVX-512.
 
    A row is a token and a head. Scores lie as (position, row): a vector holds LANES rows, whose maxima and sums need no
    sums within vectors. No row's result depends on what others are computed with it. */

@@ -245,12 +245,12 @@ static const struct processor NAME(processor) = {
      [Q6_K] = NAME(rows_q6_k), [IQ4_XS] = NAME(rows_iq4_xs)},
 #if VNNI512
     {[Q8_0] = NAME(tile_q8_0), [Q4_0] = NAME(tile_q4_0), [Q5_0] = NAME(tile_q5_0), [IQ4_NL] = NAME(tile_iq4_nl)},
-    32, 6,
+    PANEL_ROWS, VECTORS,
     NAME(panel),
     NAME(by_panel),
 #elif F16C
     {0},
-    16, 4,
+    PANEL_ROWS_AVX2, VECTORS_AVX2,
     NAME(panel),
     NAME(by_panel),
 #else

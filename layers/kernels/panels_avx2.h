@@ -192,6 +192,4 @@ static void NAME(by_panel)(int kind, const char *panel, long columns, const stru
     else NAME(multiply_panel)(panel, columns, 8, 1, 8, 0, x, first, out);
 }
 
-#undef PANEL_ROWS_AVX2
-#undef VECTORS_AVX2
 #undef VNNI256

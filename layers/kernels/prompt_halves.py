@@ -45,7 +45,7 @@ def _attention(attention: Any, argument: Any, x: Tensor, step: Step, cache: KVCa
     alive, mask, room = complete(argument, cache, core, step, x)
     turned = query.new_empty(x.shape[0], core.num_heads, x.shape[1], core.head_dim)
     native.turn(argument, query, key, value, turned)
-    del alive
+    del alive  # what the kernel was given the addresses of
     keys, values = room.floats(dtype)
     mixed = attend(turned, keys, values, mask, core.scale, core.score_softcap, attention.sinks)
     return attention.o_proj(mixed.transpose(1, 2).flatten(-2))
