@@ -97,15 +97,21 @@ static void multiply_rows(const struct product *job, const struct matrix *m, con
 /* Rows are multiplied four at a time. */
 static long groups_of(long rows) { return (rows + 3) / 4; }
 
-/* The next piece of so many groups for a thread, false where there is none. Each begins with nearly all of its share, for
-   where a piece begins nothing has been fetched ahead, and where it ends too much; small ones, two for each, are left to
-   those that are done first. */
+#define LEAST_GROUPS 8
+
+/* The next piece of so many groups for a thread, false where there is none. All take half of what there is, in as many
+   pieces as there are threads, then half of the rest, and so on: large ones, for where a piece begins nothing has been
+   fetched ahead, and where it ends too much; small ones at last, for memory does not serve all threads alike. */
 static int take_piece(atomic_long *next, long groups, int threads, long *begin, long *end) {
-    const long share = groups * 49 / 50 / threads, small = (groups - share * threads) / (2 * threads), grain = small < 2 ? 2 : small;
-    const long piece = atomic_fetch_add(next, 1), later = piece - threads;
-    *begin = later < 0 ? piece * share : threads * share + later * grain;
-    *end = *begin + (later < 0 ? share : grain);
-    if (*end > groups) *end = groups;
+    const long share = (groups + threads - 1) / threads, least = share < LEAST_GROUPS ? share : LEAST_GROUPS;
+    long piece = atomic_fetch_add(next, 1), from = 0, size;
+    for (;; piece -= threads, from += threads * size) {
+        size = (groups - from) / (2 * threads);
+        if (size < least) size = least;
+        if (piece < threads || from >= groups) break;
+    }
+    *begin = from + piece * size;
+    *end = *begin + size < groups ? *begin + size : groups;
     return *begin < groups;
 }
 
