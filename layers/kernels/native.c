@@ -97,7 +97,7 @@ static void multiply_rows(const struct product *job, const struct matrix *m, con
 /* Rows are multiplied four at a time. */
 static long groups_of(long rows) { return (rows + 3) / 4; }
 
-#define LEAST_GROUPS 8
+#define LEAST_GROUPS 8 /* of a piece, where all threads find one */
 
 /* The next piece of so many groups for a thread, false where there is none. All take half of what there is, in as many
    pieces as there are threads, then half of the rest, and so on: large ones, for where a piece begins nothing has been
