@@ -39,6 +39,9 @@ class FixedStep(Step):
     def _frequencies(self, rope: Rope) -> Float[Tensor, "rows half"]:
         return self._known[rope]
 
+    def _kept_tables(self, rope: Rope) -> None:
+        """None: which block the position lies in is not known."""
+
     def _make_mask(self, window: int | None, columns: Columns) -> Mask:
         slots = torch.arange(columns[0].stop, device=self.device)
         # Each slot of a ring holds the last column that belongs there, which may be before the first.

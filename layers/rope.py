@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float, Int
@@ -114,6 +115,20 @@ def rotary_tables(
     cosines, sines = angles.cos() * attention_factor, angles.sin() * attention_factor
     cosines, sines = torch.cat((cosines, cosines), -1), torch.cat((-sines, sines), -1)
     return cosines.to(dtype)[:, :, None], sines.to(dtype)[:, :, None]
+
+
+ROTARY_BLOCK = 64
+"""Positions whose tables are made at once where tokens come one at a time: one alone takes nearly as long."""
+
+
+@lru_cache(maxsize=8)
+def rotary_block(
+    rope: Rope, number: int, dtype: torch.dtype
+) -> tuple[Float[Tensor, "1 block 1 head_dim"], Float[Tensor, "1 block 1 head_dim"]]:
+    """`rotary_tables` on the CPU for the `ROTARY_BLOCK` positions of a block, for kinds that no length changes."""
+    with torch.inference_mode(False):
+        positions = torch.arange(number * ROTARY_BLOCK, (number + 1) * ROTARY_BLOCK, device="cpu")[None]
+        return rotary_tables(inverse_frequencies(rope, 0)[None], positions, rope.attention_factor, dtype)
 
 
 def rotate(

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from layers.kv_cache import Columns
-from layers.rope import Rope, inverse_frequencies, rotary_tables
+from layers.rope import ROTARY_BLOCK, Rope, inverse_frequencies, rotary_block, rotary_tables
 
 MASK_BLOCK = 2**18
 """Numbers of a mask that are made at once: what is compared for each takes several times the memory of the mask."""
@@ -71,10 +71,29 @@ class Step:
         self, rope: Rope
     ) -> tuple[Float[Tensor, "batch_or_1 time 1 head_dim"], Float[Tensor, "batch_or_1 time 1 head_dim"]]:
         """Cosines and signed sines for `layers.rope.rotate`."""
-        if rope not in self._rotary:
-            frequencies = self._frequencies(rope).to(self.device)
-            self._rotary[rope] = rotary_tables(frequencies, self.positions, rope.attention_factor, self.dtype)
-        return self._rotary[rope]
+        tables = self._rotary.get(rope)
+        if tables is None:
+            tables = self._rotary[rope] = self._kept_tables(rope) or self._tables(rope)
+        return tables
+
+    def _tables(self, rope: Rope) -> tuple[Tensor, Tensor]:
+        frequencies = self._frequencies(rope).to(self.device)
+        return rotary_tables(frequencies, self.positions, rope.attention_factor, self.dtype)
+
+    def _kept_tables(self, rope: Rope) -> tuple[Tensor, Tensor] | None:
+        """Those of a token whose position is its column, from a block of them, on a CPU; None elsewhere."""
+        plain = self.time == 1 and self.padding is None and self.documents is None and not rope.depends_on_length
+        # A positions tensor of another class is one that only stands for numbers.
+        if (
+            not plain
+            or type(self.positions) is not Tensor
+            or not self.positions.is_cpu
+            or torch.compiler.is_compiling()
+        ):
+            return None
+        block, row = divmod(self.offset, ROTARY_BLOCK)
+        cosines, sines = rotary_block(rope, block, self.dtype)
+        return cosines[:, row : row + 1], sines[:, row : row + 1]
 
     def _frequencies(self, rope: Rope) -> Float[Tensor, "rows half"]:
         if self.padding is None or not rope.depends_on_length:

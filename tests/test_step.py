@@ -7,7 +7,7 @@ import torch
 
 from layers import step as steps
 from layers.kv_cache import Columns
-from layers.rope import Rope, inverse_frequencies, rotary_tables
+from layers.rope import Rope, inverse_frequencies, rotary_block, rotary_tables
 from layers.step import Mask, Step
 
 PADDING = torch.tensor([0, 3, 9])
@@ -173,3 +173,31 @@ def test_rope_length_stands_for_the_end_of_the_step(rope: Rope) -> None:
     assert not torch.equal(make_step(0, 20, rope_length=60).rotary(rope)[0], by_end) or rope.kind == "longrope"
     assert not torch.equal(make_step(0, 4).rotary(rope)[0], by_end[:, :4])
     assert torch.equal(make_step(0, 4, rope_length=20).rotary(rope)[0], by_end[:, :4])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rope", [Rope("default", 24), Rope("yarn", 16, factor=4.0, attention_factor=1.2)], ids=str)
+def test_tables_of_a_token_come_from_a_kept_block_and_are_the_same_bits(rope: Rope, dtype: torch.dtype) -> None:
+    rotary_block.cache_clear()
+    for offset in (0, 1, 63, 64, 65, 1000, 40000):
+        step = Step(offset, 1, dtype, torch.device("cpu"))
+        with torch.inference_mode():
+            found = step.rotary(rope)
+        frequencies = inverse_frequencies(rope, offset + 1)[None]
+        expected = rotary_tables(frequencies, step.positions, rope.attention_factor, dtype)
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert rotary_block.cache_info().misses == 4
+    # A later step of training may take them from the same block.
+    x = torch.ones(24 if rope.kind == "default" else 16, dtype=dtype, requires_grad=True)
+    (Step(3, 1, dtype, torch.device("cpu")).rotary(rope)[0] * x).sum().backward()
+    assert x.grad is not None
+
+
+def test_other_steps_make_tables_of_their_own() -> None:
+    rotary_block.cache_clear()
+    plain, dynamic = Rope("default", 24), Rope("dynamic", 24, factor=2.0, max_positions=16)
+    make_step(20, 2).rotary(plain)
+    make_step(20, 1, padded=True).rotary(plain)
+    make_step(20, 1).rotary(dynamic)
+    Step(0, 1, torch.float32, torch.device("meta")).rotary(plain)
+    assert rotary_block.cache_info().currsize == 0
