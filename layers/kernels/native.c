@@ -204,11 +204,13 @@ struct expansion {
     atomic_long next;
 };
 
+#define EXPANDED 16 /* rows at once */
+
 static void expand_rows(void *argument) {
     struct expansion *job = argument;
     const long bytes = row_bytes(job->kind, job->columns);
-    for (long begin; (begin = atomic_fetch_add(&job->next, 16)) < job->rows;)
-        for (long row = begin; row < begin + 16 && row < job->rows; row++)
+    for (long begin; (begin = atomic_fetch_add(&job->next, EXPANDED)) < job->rows;)
+        for (long row = begin; row < begin + EXPANDED && row < job->rows; row++)
             processor->expand(job->kind, job->packed + bytes * row, job->columns,
                               job->wide ? job->wide + row * job->columns : 0,
                               job->narrow ? job->narrow + row * job->columns : 0);
@@ -217,7 +219,7 @@ static void expand_rows(void *argument) {
 /* Packed rows to fp32 (wide) or bf16 (narrow), whichever is not null. */
 EXPORT void causallm_expand(int kind, const void *packed, long rows, long columns, float *wide, uint16_t *narrow, int threads) {
     struct expansion job = {packed, wide, narrow, rows, columns, kind, 0};
-    run(expand_rows, &job, threads);
+    run(expand_rows, &job, needed(threads, rows, EXPANDED));
 }
 
 #include "attention.h"

@@ -30,7 +30,7 @@ static void take_rows(void *argument) {
 
 /* Returns 0, or -1 where memory is short. */
 static int give_rows(struct rows_job *job, int threads) {
-    run(take_rows, job, threads);
+    run(take_rows, job, needed(threads, job->rows, job->grain));
     return atomic_load(&job->failed) ? -1 : 0;
 }
 

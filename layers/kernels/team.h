@@ -15,6 +15,12 @@ static void run(void (*work)(void *), void *job, int threads) {
     else work(job);
 }
 
+/* No more threads than there are pieces of `grain` rows: to wake one takes as long as a few rows do. */
+static int needed(int threads, long rows, long grain) {
+    const long pieces = (rows + grain - 1) / grain;
+    return pieces < threads ? (int)pieces : threads;
+}
+
 /* Those at work on one job, who may wait for each other. */
 struct team {
     atomic_int joined, waiting, phase, size;
