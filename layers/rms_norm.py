@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from layers.kernels.native_norm import native_norm
 from layers.precision import at_least_float32
 
 
@@ -17,6 +18,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim, dtype=dtype))
 
     def forward(self, x: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows dim"]:
+        if (rows := native_norm(x, self.weight, self.epsilon, 0.0)) is not None:
+            return rows
         return functional.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.epsilon)
 
 
@@ -28,6 +31,8 @@ class OffsetRMSNorm(RMSNorm):
         nn.init.zeros_(self.weight)
 
     def forward(self, x: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows dim"]:
+        if (rows := native_norm(x, self.weight, self.epsilon, 1.0)) is not None:
+            return rows
         dtype = at_least_float32(x.dtype)
         scale = self.weight.to(dtype) + 1.0
         return functional.rms_norm(x.to(dtype), self.weight.shape, scale, self.epsilon).to(x.dtype)

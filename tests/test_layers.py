@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from test_kernels import needs_kernels
 from torch import Tensor, nn
 
 from layers.activation import ACTIVATIONS
 from layers.embedding_layer import EmbeddingLayer
 from layers.expert_store import Expert, ExpertStore, ResidentExperts
 from layers.gpt_oss_moe import GptOssExperts, GptOssMoe
+from layers.kernels import native
 from layers.linear import FullyConnected
 from layers.lm_head import LmHead, softcap
 from layers.moe_routing import mix_experts
@@ -46,6 +48,23 @@ def test_rms_norm_is_its_formula(epsilon: float, scale: float) -> None:
 def test_offset_rms_norm_counts_its_weight_from_one(scale: float) -> None:
     norm, x = filled(OffsetRMSNorm(24, 1e-6)), scale * torch.randn(2, 3, 24)
     torch.testing.assert_close(norm(x), (rms(x, 1e-6) * (1 + norm.weight)).float())
+
+
+@needs_kernels
+@pytest.mark.parametrize("rows", [2, 100])
+@pytest.mark.parametrize("kind", [RMSNorm, OffsetRMSNorm])
+def test_norms_by_the_kernel_are_torchs(kind: type[RMSNorm], rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    norm, x, served = filled(kind(52, 1e-6)), torch.randn(2, rows, 52), []
+    run = native.normalise
+    monkeypatch.setattr(native, "normalise", lambda *arguments: (served.append(1), run(*arguments))[1])
+    found = norm(x)
+    assert served == [1]
+    norm.weight.requires_grad_(True)
+    torch.testing.assert_close(found, norm(x).detach(), rtol=1e-6, atol=0.0)
+    with torch.no_grad():
+        torch.testing.assert_close(norm(x.mT.contiguous().mT), found, rtol=1e-6, atol=0.0)
+        assert norm(x.double()).dtype == torch.float64
+    assert served == [1]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

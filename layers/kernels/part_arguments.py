@@ -9,14 +9,13 @@ from torch import Tensor, nn
 from layers.activation import ACTIVATIONS
 from layers.kernels.block_formats import BLOCK_FORMATS
 from layers.kernels.native import FLOATS, KINDS, Address, Size
+from layers.kernels.native_norm import CODES, NormArguments, StoredArguments
 from layers.linear import FullyConnected
 from layers.packed import PackedLinear
 from layers.reshaped_rms_norm import OffsetReshapedRMSNorm, ReshapedRMSNorm
 from layers.rms_norm import OffsetRMSNorm, RMSNorm
 from layers.swiglu import SwiGLU
 
-CODES = {dtype: KINDS[kind] for dtype, kind in FLOATS.items()}
-"""Numbers of the dtypes that vectors may have."""
 CACHE_CODES = {**CODES, torch.int8: KINDS["Q8_0"]}
 """Of the dtypes that a cache may have: int8 has scales apart."""
 ACTIVATION_CODES = {
@@ -30,12 +29,6 @@ class UnknownPartError(Exception):
     """A part of the half is of a kind that the kernels do not know."""
 
 
-class StoredArguments(ctypes.Structure):
-    """struct stored: a vector of weights, or none."""
-
-    _fields_ = [("values", Address), ("kind", ctypes.c_int)]
-
-
 class LayerArguments(ctypes.Structure):
     """struct layer."""
 
@@ -46,12 +39,6 @@ class LayerArguments(ctypes.Structure):
         ("columns", Size),
         ("kind", ctypes.c_int),
     ]
-
-
-class NormArguments(ctypes.Structure):
-    """struct norm."""
-
-    _fields_ = [("weight", StoredArguments), ("epsilon", ctypes.c_float), ("offset", ctypes.c_float)]
 
 
 def activation_code(activation: nn.Module) -> int:
