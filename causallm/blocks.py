@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from causallm.storage.storage import Storage
 from layers.gpt_oss_moe import GptOssMoe
-from layers.kernels.half_arguments import ATTENTION, MLP, MOE, Half
+from layers.kernels.half_arguments import ATTENTION, HEAD, HEADS, MLP, MOE, Half
 from layers.kernels.halves import run_halves
+from layers.kernels.part_arguments import BLOCK_NORMS
 from layers.kv_cache import KVCache
 from layers.qwen_moe import QwenMoe
 from layers.step import Step
@@ -107,11 +109,12 @@ def run_blocks(
     step: Step,
     cache: Sequence[KVCache] | None,
     storage: Storage,
+    head: Half | None = None,
 ) -> Float[Tensor, "batch time dim"]:
     """What the blocks make of x one after the other; in one native call where the kernels know all of them and the
-    weights of all are in memory."""
+    weights of all are in memory. head: the same as `run_to_logits` gets, for both share what they find out."""
     if storage.whole:
-        result = run_halves(blocks, lambda: _halves_of(blocks), x, step, cache)
+        result = run_halves(blocks, lambda: _halves_of(blocks, head), x, step, cache, head)
         if result is not None:
             return result
     for layer_id, block in enumerate(blocks):
@@ -122,12 +125,29 @@ def run_blocks(
     return x
 
 
-def _halves_of(blocks: nn.ModuleList) -> list[Half]:
-    """All halves in order; none where a block is of a class that may do something else."""
+def run_to_logits(
+    blocks: nn.ModuleList, x: Float[Tensor, "batch time dim"], step: Step, cache: Sequence[KVCache] | None, head: Half
+) -> Float[Tensor, "batch time vocab"] | None:
+    """Logits of a few tokens, by the blocks and the head, in one native call; None where it cannot be one."""
+    return run_halves(blocks, lambda: _halves_of(blocks, head), x, step, cache, head, to_logits=True)
+
+
+def head_half(norm: nn.Module, head: nn.Module, dtype: torch.dtype) -> Half | None:
+    """What `run_to_logits` wants; None where one may do something else, or has other floats than the blocks."""
+    if type(norm) not in BLOCK_NORMS or type(head) not in HEADS:
+        return None
+    known = norm.weight.dtype == dtype and head.weight.dtype in (torch.uint8, dtype)
+    return Half(HEAD, head, head, norm) if known else None
+
+
+def _halves_of(blocks: nn.ModuleList, head: Half | None) -> list[Half]:
+    """All halves in order, and the head; none where a block is of a class that may do something else."""
     known = [
         block for block in blocks if isinstance(block, DecoderBlock) and type(block) in (DecoderBlock, SandwichBlock)
     ]
-    return [half for block in known for half in block.halves()] if len(known) == len(blocks) else []
+    if len(known) != len(blocks):
+        return []
+    return [half for block in known for half in block.halves()] + ([] if head is None else [head])
 
 
 def _run_half(

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from causallm.blocks import head_half, run_to_logits
 from causallm.generation import Event, generate
 from causallm.options import generation_options
 from causallm.prompt_cache.file import is_prompt_cache, load_prompt_cache, save_prompt_cache
@@ -51,7 +52,14 @@ class CausalLM(Transformer):
     ) -> Float[Tensor, "batch positions vocab"]:
         """Logits of all positions, or of the `last` so many; the other arguments are `Transformer.forward`'s."""
         self.storage.begin(head=last != 0)
-        hidden = super().forward(ids, cache, padding=padding, rope_length=rope_length, documents=documents)
+        x, step = self._begin(ids, cache, padding, rope_length, documents)
+        projecting = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        head = head_half(self.norm, projecting, x.dtype) if self.storage.whole and self.storage.keeps_head else None
+        if head is not None and (last is None or last >= ids.shape[1]):
+            logits = run_to_logits(self.layers, x, step, cache, head)
+            if logits is not None:
+                return softcap(logits, self.config.final_logit_softcapping)
+        hidden = self._hidden(x, step, cache, head)
         if last is not None:
             # A copy with strides of its own: for a strided row the product would first copy the whole head.
             hidden = hidden[:, max(ids.shape[1] - last, 0) :].clone(memory_format=torch.contiguous_format)
@@ -59,8 +67,7 @@ class CausalLM(Transformer):
             return hidden.new_empty(hidden.shape[0], 0, self.config.vocab_size)
         self.storage.check_gradient(hidden)
         with self.storage.resident(HEAD):
-            project = self.embed_tokens.project if self.config.tie_word_embeddings else self.lm_head
-            logits = project(hidden)
+            logits = projecting.project(hidden) if self.config.tie_word_embeddings else projecting(hidden)
         return softcap(logits, self.config.final_logit_softcapping)
 
     def stream(

@@ -16,6 +16,7 @@ from layers.embedding_layer import EmbeddingLayer
 from layers.expert_store import ExpertStore, FetchedExperts, ResidentExperts
 from layers.int8_cache import SCALE, Int8KVCache, position_bytes
 from layers.kernels import native
+from layers.kernels.half_arguments import Half
 from layers.kv_cache import KVCache, StaticKVCache
 from layers.linear import FullyConnected
 from layers.mha_core import MHACore
@@ -228,6 +229,18 @@ class Transformer(nn.Module):
         padding: how many columns on the left of each row are no tokens, the same at every step of a sequence.
         rope_length, documents (without a cache only): see `layers.step.Step`.
         """
+        x, step = self._begin(ids, cache, padding, rope_length, documents)
+        return self._hidden(x, step, cache)
+
+    def _begin(
+        self,
+        ids: Int[Tensor, "batch time"],
+        cache: Sequence[KVCache] | None,
+        padding: Int[Tensor, "batch"] | None,
+        rope_length: int | None,
+        documents: Int[Tensor, "batch time"] | None,
+    ) -> tuple[Float[Tensor, "batch time dim"], Step]:
+        """What the blocks take; ValueError where there is nothing to compute or no place for it."""
         if ids.shape[1] == 0:
             raise ValueError("there are no tokens to compute, expected at least one a row")
         if cache is not None and not self.is_causal:
@@ -238,7 +251,7 @@ class Transformer(nn.Module):
             needed = cache[0].offset + ids.shape[1]
             raise ValueError(f"the cache holds {min(limits)} positions, but {needed} are needed")
         x = self.embed_tokens(ids)
-        step = Step(
+        return x, Step(
             cache[0].offset if cache else 0,
             ids.shape[1],
             x.dtype,
@@ -248,4 +261,8 @@ class Transformer(nn.Module):
             rope_length=rope_length,
             documents=documents,
         )
-        return self.norm(run_blocks(self.layers, x, step, cache, self.storage))
+
+    def _hidden(
+        self, x: Float[Tensor, "batch time dim"], step: Step, cache: Sequence[KVCache] | None, head: Half | None = None
+    ) -> Float[Tensor, "batch time dim"]:
+        return self.norm(run_blocks(self.layers, x, step, cache, self.storage, head))

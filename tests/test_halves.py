@@ -14,13 +14,16 @@ from families import SLIDING
 from test_kernels import LEVELS, needs_kernels
 from torch import Tensor, nn
 
+from causallm import causal_lm
 from causallm.loading import build_model
 from causallm.packing import choose_formats, pack_layers, packed_tensors
 from causallm.weights.loader import load_weights
 from causallm.weights.open import open_weights
 from layers.kernels import halves, native
 from layers.linear import FullyConnected
+from layers.lm_head import LmHead
 from layers.packed import PackedLinear
+from layers.rms_norm import RMSNorm
 from layers.swiglu import SwiGLU
 
 pytestmark = needs_kernels
@@ -73,12 +76,14 @@ class Calls:
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.halves, self.most, self.allowed = 0, 0, True
         run, serves = native.run_halves, halves._serves
-        monkeypatch.setattr(native, "run_halves", lambda part, tokens: (self._count(part), run(part, tokens))[1])
-        monkeypatch.setattr(halves, "_serves", lambda x: self.allowed and serves(x))
 
-    def _count(self, part: Any) -> None:
-        self.halves += len(part)
-        self.most = max(self.most, len(part))
+        def counted(part: Any, count: int, tokens: Any) -> None:
+            self.halves += count
+            self.most = max(self.most, count)
+            run(part, count, tokens)
+
+        monkeypatch.setattr(native, "run_halves", counted)
+        monkeypatch.setattr(halves, "_serves", lambda x: self.allowed and serves(x))
 
 
 @pytest.fixture
@@ -121,8 +126,8 @@ def test_halves_are_what_the_modules_do(name: str, level: int, folders: Any, cal
     fused, alone = both(model, calls, sizes)
     native.choose(native.AVX512)
     assert difference(fused, alone) < TOLERANCE
-    # All blocks at once, but for gpt-oss's float experts, which lie transposed.
-    assert calls.most == (1 if "gpt-oss" in name else 2 * len(model.layers))
+    # All blocks and the head at once, but for gpt-oss's float experts, which lie transposed.
+    assert calls.most == (1 if "gpt-oss" in name else 2 * len(model.layers) + 1)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -130,10 +135,30 @@ def test_halves_are_what_the_modules_do(name: str, level: int, folders: Any, cal
 def test_packed_weights(name: str, kind: str, folders: Any, calls: Calls) -> None:
     model = load(folders(name), fc_layer_dtype=kind, model_tensor_type=f"{kind}-FP32")
     fused, alone = both(model, calls, (4, *(1,) * 10, 4))
-    assert calls.most == 2 * len(model.layers)
+    assert calls.most == 2 * len(model.layers) + 1
     # A value on the edge between two int8 codes may fall to either side.
     assert difference(fused, alone) < 2e-2
     assert (fused - alone).abs().median() < 1e-5 * alone.abs().max()
+
+
+@pytest.mark.parametrize("settings", [
+    {"dtype": "float32"}, {"dtype": "bfloat16"}, {"dtype": "float16"},
+    {"fc_layer_dtype": "Q8_0", "embedding_dtype": "Q8_0", "lmhead_dtype": "Q4_0", "model_tensor_type": "Q8_0-FP32"},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3"])
+def test_a_head_gives_the_bits_that_it_gives_alone(
+    name: str, settings: dict[str, Any], folders: Any, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a prompt, or where it is read from a disk, it is a layer by itself."""
+    model = load(folders(name), **settings)
+    sizes = (3, *(1,) * 6, 2)
+    together = steps(model, sizes, 2)
+    assert calls.most == 2 * len(model.layers) + 1
+    calls.most = 0
+    monkeypatch.setattr(causal_lm, "run_to_logits", lambda *arguments: None)
+    alone = steps(model, sizes, 2)
+    assert calls.most == 2 * len(model.layers)
+    assert torch.equal(together, alone)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -301,6 +326,33 @@ def test_gradients_are_not_lost(folders: Any, calls: Calls) -> None:
     assert gradients[0].abs().sum() > 0
 
 
+@pytest.mark.parametrize("change", [
+    lambda model: model.lm_head.bfloat16(),
+    lambda model: model.norm.bfloat16(),
+    lambda model: setattr(model.norm, "__class__", LouderNorm),
+    lambda model: setattr(model, "lm_head", Doubled(model.lm_head)),
+], ids=["head of bf16", "norm of bf16", "own norm", "adapted head"])  # fmt: skip
+def test_blocks_are_one_call_whatever_follows_them(change: Callable[[Any], None], folders: Any, calls: Calls) -> None:
+    model = load(folders("qwen3"))
+    steps(model, (3, 1))
+    change(model)
+    calls.most = 0
+    fused, alone = both(model, calls, (3, 1, 1))
+    assert calls.most == 2 * len(model.layers)
+    assert difference(fused, alone) < TOLERANCE
+
+
+def test_a_hook_on_a_tied_embedding_sees_the_tokens_alone(folders: Any, calls: Calls) -> None:
+    model = load(folders("gemma3"))
+    assert model.config.tie_word_embeddings
+    before = steps(model, (3, 1))
+    model.embed_tokens.register_forward_hook(lambda module, args, output: output * 2)
+    fused, alone = both(model, calls, (3, 1, 1))
+    assert calls.most == 2 * len(model.layers) + 1
+    assert difference(fused, alone) < TOLERANCE
+    assert difference(fused[:, :4], before) > 1e-3
+
+
 def test_copies_and_casts_are_models_of_their_own(folders: Any, calls: Calls) -> None:
     model = load(folders("qwen3"))
     before = steps(model, (5, 1))
@@ -398,7 +450,42 @@ def other_activation(model: Any) -> None:
         expert.activation = SwiGLU("gelu_pytorch_tanh")
 
 
+def changed_head(model: Any) -> None:
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight * 2, requires_grad=False)
+
+
+def another_head(model: Any) -> None:
+    model.lm_head = Doubled(model.lm_head)
+
+
+class LouderNorm(RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def subclassed_head(model: Any) -> None:
+    class Louder(LmHead):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    model.lm_head = Louder.from_float(model.lm_head.weight)
+
+
+def hooked_head(model: Any) -> None:
+    model.lm_head.register_forward_hook(lambda module, args, output: output * 2)
+
+
+def another_last_norm(model: Any) -> None:
+    model.norm = copy.deepcopy(model.norm)
+    model.norm.weight.data.mul_(torch.arange(len(model.norm.weight)) % 3)
+
+
+def hooked_last_norm(model: Any) -> None:
+    model.norm.register_forward_hook(lambda module, args, output: output * 2)
+
+
 CHANGES += [pruned, transposed, another_scale, another_epsilon, own_forward, strided_norm]
+CHANGES += [changed_head, another_head, subclassed_head, hooked_head, another_last_norm, hooked_last_norm]
 EXPERT_CHANGES += [more_experts, other_activation]
 
 

@@ -97,7 +97,7 @@ def test_the_kernels_write_and_read_what_the_modules_do(
     ids, model, cuts = prompt(), checkpoints.ours(name, kv_cache_dtype="int8"), (13, 14, 15, 33, 34)
     served: list[int] = []
     run, turn = native.run_halves, native.turn
-    monkeypatch.setattr(native, "run_halves", lambda part, tokens: (served.append(len(part)), run(part, tokens))[1])
+    monkeypatch.setattr(native, "run_halves", lambda *arguments: (served.append(arguments[1]), run(*arguments))[1])
     monkeypatch.setattr(native, "turn", lambda *arguments: (served.append(0), turn(*arguments))[1])
     native.choose(level)
     try:

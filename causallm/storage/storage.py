@@ -17,6 +17,8 @@ class Storage:
 
     whole = True
     """Whether all blocks are in memory at once, so that they may be computed in one call."""
+    keeps_head = True
+    """Whether the head is, too."""
     positions: int | None = None
     """Positions of all rows together that there is room for in caches; None: no limit but the memory."""
 

@@ -55,7 +55,7 @@ class StreamedBlocks(Storage):
         self._arena, self._starts, self._lookahead = arena, starts, max(lookahead, 1)
         self._experts, self.positions = experts, positions
         self._blocks, self._heads = in_order(units)
-        self.whole = not self._blocks
+        self.whole, self.keeps_head = not self._blocks, not self._heads
         self._tickets: dict[int, Ticket] = {}
         self._torn = False
         self._next = next(iter((*self._blocks, *self._heads)), HEAD)

@@ -1,4 +1,4 @@
-/* What the caller says of the halves of decoder blocks; half_arguments.py, mixture_arguments.py and part_arguments.py have
+/* What the caller says of the halves of decoder blocks, and of a head; half_arguments.py, mixture_arguments.py and part_arguments.py have
    the same structs. */
 
 /* A vector of weights stored as `kind`, or none. */
@@ -64,7 +64,14 @@ struct moe_half {
     float alpha, limit; /* of CLAMPED */
 };
 
-enum half_kind { ATTENTION, MLP, MOE };
+/* What follows the last half: the norm, and a score for each of `layer.rows` tokens of the vocabulary. */
+struct head {
+    struct norm norm;
+    struct layer layer;
+    void *logits; /* (tokens, rows), of the tokens' kind */
+};
+
+enum half_kind { ATTENTION, MLP, MOE, HEAD };
 
 struct half {
     int kind;
@@ -72,5 +79,6 @@ struct half {
         struct attention_half attention;
         struct mlp_half mlp;
         struct moe_half moe;
+        struct head head;
     };
 };

@@ -10,7 +10,7 @@ from torch import nn
 from layers.expert_store import ResidentExperts
 from layers.gpt_oss_moe import GptOssMoe
 from layers.kernels.mixture_arguments import MixtureArguments, mixture_arguments
-from layers.kernels.native import Address, Size
+from layers.kernels.native import FLOATS, Address, Size
 from layers.kernels.part_arguments import (
     BLOCK_NORMS,
     HEAD_NORMS,
@@ -20,19 +20,27 @@ from layers.kernels.part_arguments import (
     UnknownPartError,
     activation_code,
     layer,
+    layer_of,
     norm,
     stored,
     width,
 )
+from layers.linear import FullyConnected
+from layers.lm_head import LmHead
 from layers.mha_core import MHACore
+from layers.packed import PackedEmbedding, PackedLinear
 from layers.qwen_moe import QwenMoe
 from layers.swiglu import ClampedSwiGLU, SwiGLU
+from layers.tie_word_embedding import TieWordEmbedding
 
-ATTENTION, MLP, MOE = 0, 1, 2
+ATTENTION, MLP, MOE, HEAD = 0, 1, 2, 3
 PARTS = {
     ATTENTION: ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "core"),
     MLP: ("gate_proj", "up_proj", "down_proj", "activation"),
+    HEAD: (),
 }
+HEADS = (LmHead, FullyConnected, PackedLinear, TieWordEmbedding, PackedEmbedding)
+"""Layers that give logits."""
 NUMBERS: dict[type[nn.Module], Callable[[Any], Any]] = {
     MHACore: attrgetter("num_heads", "num_kv_heads", "head_dim", "scale", "score_softcap"),
     SwiGLU: attrgetter("activation"),
@@ -49,7 +57,8 @@ class Half(NamedTuple):
 
     kind: None for a body that the kernels do not know; an attention and an MLP have the children of `PARTS[kind]`, a
     mixture (QwenMoe, GptOssMoe) has its router and experts; expert_type is what experts that are modules of their own
-    must be for the kernels to know what they do.
+    must be for the kernels to know what they do. What follows the last half is told like one (HEAD): a norm, and as
+    block and body the layer that gives logits.
     """
 
     kind: int | None
@@ -112,8 +121,12 @@ class _MlpHalf(ctypes.Structure):
     ]
 
 
+class _Head(ctypes.Structure):
+    _fields_ = [("norm", NormArguments), ("layer", LayerArguments), ("logits", Address)]
+
+
 class _Body(ctypes.Union):
-    _fields_ = [("attention", _AttentionHalf), ("mlp", _MlpHalf), ("moe", MixtureArguments)]
+    _fields_ = [("attention", _AttentionHalf), ("mlp", _MlpHalf), ("moe", MixtureArguments), ("head", _Head)]
 
 
 class HalfArguments(ctypes.Structure):
@@ -135,6 +148,8 @@ def half_arguments(half: Half, alive: list[Any]) -> HalfArguments:
     if half.kind == MOE:
         moe = mixture_arguments(half.body, half.norm, half.post_norm, half.expert_type, alive)
         return HalfArguments(kind=MOE, moe=moe)
+    if half.kind == HEAD:
+        return HalfArguments(kind=HEAD, head=_head_arguments(half))
     raise UnknownPartError
 
 
@@ -171,3 +186,12 @@ def _mlp_arguments(half: Half) -> _MlpHalf:
         last=layer(mlp.down_proj, dim, hidden),
         activation=activation_code(mlp.activation),
     )
+
+
+def _head_arguments(half: Half) -> _Head:
+    head: Any = half.body
+    if type(head) not in HEADS:
+        raise UnknownPartError
+    dim, kind = width(half.norm), getattr(head, "kind", None) or FLOATS.get(head.weight.dtype, "")
+    projection = layer_of(head.weight, kind, head._parameters.get("bias"), head.weight.shape[0], dim)
+    return _Head(norm=norm(half.norm, BLOCK_NORMS, dim), layer=projection)

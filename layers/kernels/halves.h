@@ -63,12 +63,17 @@ static void normalise(const struct norm *norm, const float *x, long count, float
     processor->normalise(x, weights, count, norm->epsilon, to);
 }
 
-/* The step's rows, normalised and prepared for the products that begin a half. */
-static void begin(const struct tokens *tokens, const struct norm *norm, const struct own *own, int packed) {
+/* The step's rows, normalised. */
+static void normalise_all(const struct tokens *tokens, const struct norm *norm, const struct own *own) {
     const long count = tokens->batch * tokens->time, dim = tokens->dim;
     processor->widen(tokens->kind, tokens->x, count * dim, own->x);
     for (long t = 0; t < count; t++) normalise(norm, own->x + t * dim, dim, own->weights, own->rows + t * dim);
-    prepare(own->vectors, own->prepared, own->rows, count, dim, packed);
+}
+
+/* The step's rows, normalised and prepared for the products that begin a half. */
+static void begin(const struct tokens *tokens, const struct norm *norm, const struct own *own, int packed) {
+    normalise_all(tokens, norm, own);
+    prepare(own->vectors, own->prepared, own->rows, tokens->batch * tokens->time, tokens->dim, packed);
 }
 
 static struct matrix matrix_of(const struct layer *layer, float *out, long stride, const float *add) {
@@ -188,6 +193,29 @@ static void feed_forward(struct shared *shared, struct team *team, const struct 
     if (!writes_result(tokens, &half->post_norm)) finish(&half->post_norm, shared, own, team);
 }
 
+#define NARROWED 4096 /* logits at once */
+
+/* Logits of all tokens. Here too what the norm gives is rounded to the tokens' kind: the same head comes after a prompt,
+   or from a disk, as a layer by itself, and gives the same logits. */
+static void project(struct shared *shared, struct team *team, const struct own *own) {
+    const struct head *head = &shared->half->head;
+    const struct tokens *tokens = &shared->tokens;
+    const long count = tokens->batch * tokens->time, dim = tokens->dim;
+    normalise_all(tokens, &head->norm, own);
+    if (tokens->kind != F32) {
+        processor->narrow(tokens->kind, own->rows, count * dim, own->x);
+        processor->widen(tokens->kind, own->x, count * dim, own->rows);
+    }
+    prepare(own->vectors, own->prepared, own->rows, count, dim, head->layer.kind > F16);
+    multiply(&shared->products[FIRST], own->vectors);
+    if (tokens->kind == F32) return;
+    wait_for_all(team);
+    const long all = count * head->layer.rows;
+    for (long at; (at = NARROWED * atomic_fetch_add(&shared->next[RESULT], 1)) < all;)
+        processor->narrow(tokens->kind, shared->projected + at, all - at < NARROWED ? all - at : NARROWED,
+                          item(head->logits, tokens->kind, at));
+}
+
 #include "experts.h"
 
 static void take_course(void *argument) {
@@ -201,20 +229,23 @@ static void take_course(void *argument) {
         if (i) wait_for_all(team);
         if (shared->half->kind == ATTENTION) attend_block(shared, team, &own);
         else if (shared->half->kind == MLP) feed_forward(shared, team, &own);
+        else if (shared->half->kind == HEAD) project(shared, team, &own);
         else if (course->step == WHOLE) mix_experts(shared, team, &own, me);
         else take_step(course->step, shared, team, &own, me);
     }
 }
 
-/* Values between the products of a half for one token: outputs of the first, and inputs of the last. */
-static long first_width(const struct half *half) {
+/* Values between the products of a half for one token of a kind: outputs of the first, and inputs of the last. */
+static long first_width(const struct half *half, int kind) {
     const struct attention_half *a = &half->attention;
+    if (half->kind == HEAD) return kind == F32 ? 0 : half->head.layer.rows;
     if (half->kind == ATTENTION) return (long)(a->heads + 2 * a->kv_heads) * a->head_dim;
     if (half->kind == MLP) return 2 * half->mlp.first[0].rows;
     return half->moe.count + 2 * half->moe.chosen * half->moe.hidden;
 }
 
 static long middle_width(const struct half *half) {
+    if (half->kind == HEAD) return 0;
     if (half->kind == ATTENTION) return (long)half->attention.heads * half->attention.head_dim;
     return half->kind == MLP ? half->mlp.first[0].rows : half->moe.chosen * half->moe.hidden;
 }
@@ -227,7 +258,14 @@ static long score_count(const struct half *half) {
 static void lay_out(struct shared *shared, int threads) {
     const struct half *half = shared->half;
     const struct tokens *tokens = &shared->tokens;
-    const long width = half->kind == MOE ? half->moe.count : first_width(half), count = tokens->batch * tokens->time;
+    const long count = tokens->batch * tokens->time;
+    if (half->kind == HEAD) {
+        const struct layer *layer = &half->head.layer;
+        shared->first[0] = matrix_of(layer, tokens->kind == F32 ? half->head.logits : shared->projected, layer->rows, 0);
+        shared->products[FIRST] = product_of(shared->first, 1, tokens->dim, count, threads);
+        return;
+    }
+    const long width = half->kind == MOE ? half->moe.count : first_width(half, tokens->kind);
     const struct layer *layers = half->kind == ATTENTION ? half->attention.first : half->kind == MLP ? half->mlp.first : &half->moe.router;
     const int matrices = half->kind == ATTENTION ? 3 : half->kind == MLP ? 2 : 1;
     long at = 0;
@@ -245,7 +283,7 @@ static int take(const struct half *halves, int count, enum step step, const stru
     const long rows = tokens->batch * tokens->time;
     long first = 0, middle = 0, scores = 0;
     for (int i = 0; i < count; i++) {
-        first = larger(first, first_width(halves + i));
+        first = larger(first, first_width(halves + i, tokens->kind));
         middle = larger(middle, middle_width(halves + i));
         scores = larger(scores, score_count(halves + i));
     }
@@ -269,8 +307,8 @@ static int take(const struct half *halves, int count, enum step step, const stru
     return 0;
 }
 
-/* The halves of decoder blocks, each x + [norm](f(norm(x))) of what the one before left; keys and values are appended to
-   the caches. Returns 0, or -1 where memory is short. */
+/* The halves of decoder blocks, each x + [norm](f(norm(x))) of what the one before left, and the head if it is the last;
+   keys and values are appended to the caches. Returns 0, or -1 where memory is short. */
 EXPORT int causallm_halves(const struct half *halves, int count, const struct tokens *tokens, int threads) {
     return take(halves, count, WHOLE, tokens, threads);
 }

@@ -1,4 +1,4 @@
-"""Halves of decoder blocks by the native kernels: norm, attention or MLP, and residual, on a CPU.
+"""Halves of decoder blocks by the native kernels: norm, attention or MLP, and residual, on a CPU; and the head.
 
 Between two products torch's operators and the calls to them cost as much as reading the weights does; here one call
 does many halves for a few tokens, and for many tokens what lies between the products. It serves where every part is of
@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from layers.expert_store import FetchedExperts
 from layers.kernels import native
 from layers.kernels.fetched_halves import mix_fetched
-from layers.kernels.half_arguments import ATTENTION, MLP, NUMBERS, Half, HalfArguments, Tokens, half_arguments
+from layers.kernels.half_arguments import ATTENTION, HEAD, MLP, NUMBERS, Half, HalfArguments, Tokens, half_arguments
 from layers.kernels.part_arguments import CACHE_CODES, CODES, UnknownPartError
 from layers.kernels.prompt_halves import complete, prompt_through_halves
 from layers.kv_cache import KVCache
@@ -43,18 +43,22 @@ class _Course:
     It is kept in its owner's `__dict__`, to go when that goes; a copy of the owner makes its own.
     """
 
-    def __init__(self, owner: nn.Module, halves: Sequence[Half], wary: bool = False):
+    def __init__(self, owner: nn.Module, halves: Sequence[Half], head: Half | None, wary: bool = False):
         modules = list(dict.fromkeys([owner, *(module for half in halves for module in half.modules())]))
-        self.halves, self._wary = halves, wary
+        self.halves, self.head, self._wary = [half for half in halves if half.kind != HEAD], head, wary
         # These dictionaries live as long as their modules do.
         self._children = [module._modules for module in modules if module._modules]
         self._parameters = [module._parameters for module in modules if module._parameters]
-        self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        # Nobody calls an embedding when it serves as the head: hooks of its own are for tokens.
+        called = [
+            module for module in modules if head is None or module is not head.body or not hasattr(module, "project")
+        ]
+        self._hooks = [hooks for module in called for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._members, self._ids = _contents(self._children), list(map(id, _contents(self._parameters)))
         self._held = [tensor for tensor in _contents(self._parameters) if tensor is not None]
         self._addresses = list(map(Tensor.data_ptr, self._held))
         self._dtypes, self._sizes = list(map(DTYPE, self._held)), list(map(Tensor.numel, self._held))
-        self._dictionaries = [module.__dict__ for module in modules]
+        self._dictionaries = [module.__dict__ for module in called]
         self._numbered = [(NUMBERS[type(module)], module) for module in modules if type(module) in NUMBERS]
         self._numbers = [numbers(module) for numbers, module in self._numbered]
         self.attentions: list[Any] = [half.body._modules["core"] for half in halves if half.kind == ATTENTION]
@@ -104,7 +108,7 @@ class _Course:
         )
 
     def arguments(self, dtype: torch.dtype) -> Any:
-        """A copy to complete for one call; None where the modules must be called one by one."""
+        """A copy to complete for one call, the head's last; None where the modules must be called one by one."""
         if self._arguments is None or any(self._hooks) or dtype != self._dtype:
             return None
         if not all(map(Tensor.is_contiguous, self._held)) or any("forward" in held for held in self._dictionaries):
@@ -213,40 +217,47 @@ def run_halves(
     x: Float[Tensor, "batch time dim"],
     step: Step,
     caches: Sequence[KVCache] | None,
-) -> Float[Tensor, "batch time dim"] | None:
-    """What the halves make of x one after the other, the caches of their attentions advanced.
+    head: Half | None = None,
+    to_logits: bool = False,
+) -> Float[Tensor, "batch time dim_or_vocab"] | None:
+    """What the halves make of x one after the other, the caches of their attentions advanced; `to_logits`: what the
+    head makes of that, for `FEW_TOKENS` tokens.
 
     None, and nothing done, where the kernels do not serve. `halves` is asked once for an `owner`, and again when one of
-    the modules has changed.
+    the modules, or `head`, which is the last of them, has changed.
     """
-    if caches is None or not _serves(x):
+    few = x.shape[0] * x.shape[1] <= FEW_TOKENS
+    if caches is None or not _serves(x) or (to_logits and (head is None or not few)):
         return None
     course = owner.__dict__.get(COURSE)
     if course is not None and course.waits():
         return None
-    if course is None or not course.stands():
-        course = owner.__dict__[COURSE] = _Course(owner, halves())
+    if course is None or course.head != head or not course.stands():
+        course = owner.__dict__[COURSE] = _Course(owner, halves(), head)
     if course.waits() or not course.serves(x, step, caches) or (arguments := course.arguments(x.dtype)) is None:
         return None
-    if x.shape[0] * x.shape[1] > FEW_TOKENS:
+    if not few:
         wide = course.prompt_dtype
         return None if wide is None else prompt_through_halves(course.halves, arguments, x, step, caches, wide)
     if (store := course.fetched()) is not None:
         return mix_fetched(store, arguments[0], x)
     alive, waiting = [x], iter(caches)
-    for half, argument in zip(course.halves, arguments, strict=True):
+    for half, argument in zip(course.halves, arguments, strict=False):
         if half.kind == ATTENTION:
             alive += complete(argument.attention, next(waiting), half.body.core, step, x)[0]
-    out = torch.empty_like(x)
+    out = result = torch.empty_like(x)
+    if to_logits:
+        result = x.new_empty(*x.shape[:2], arguments[-1].head.layer.rows)
+        arguments[-1].head.logits = result.data_ptr()
     tokens = Tokens(x.data_ptr(), out.data_ptr(), *x.shape, CODES[x.dtype])
     choices = course.place_for_choices(arguments, x.shape[0] * x.shape[1])
-    native.run_halves(arguments, tokens)
+    native.run_halves(arguments, len(course.halves) + to_logits, tokens)
     if not course.chosen_stand(choices):
         for cache in caches:
             cache.give_back(x.shape[1])
-        owner.__dict__[COURSE] = _Course(owner, halves(), wary=True)
-        return run_halves(owner, halves, x, step, caches)
-    return out
+        owner.__dict__[COURSE] = _Course(owner, halves(), head, wary=True)
+        return run_halves(owner, halves, x, step, caches, head, to_logits)
+    return result
 
 
 def _serves(x: Tensor) -> bool:

@@ -86,10 +86,10 @@ def has_panels() -> bool:
     return (loaded := library()) is not None and bool(loaded.causallm_has_panels())
 
 
-def run_halves(halves: ctypes.Array, tokens: ctypes.Structure) -> None:
-    """Let the tokens pass through halves of decoder blocks (`layers.kernels.half_arguments`)."""
-    if kernels().causallm_halves(halves, len(halves), ctypes.byref(tokens), torch.get_num_threads()):
-        raise MemoryError(f"no memory for the working space of {len(halves)} halves of blocks")
+def run_halves(halves: ctypes.Array, count: int, tokens: ctypes.Structure) -> None:
+    """Let the tokens pass through `count` halves of decoder blocks (`layers.kernels.half_arguments`)."""
+    if kernels().causallm_halves(halves, count, ctypes.byref(tokens), torch.get_num_threads()):
+        raise MemoryError(f"no memory for the working space of {count} halves of blocks")
 
 
 def mixture_step(step: int, half: ctypes.Structure, tokens: ctypes.Structure) -> None:

@@ -26,7 +26,7 @@ def prompt_through_halves(
 ) -> Float[Tensor, "batch time dim"]:
     """What the halves make of x one after the other, the caches of their attentions advanced; products in `dtype`."""
     waiting = iter(caches)
-    for half, argument in zip(halves, arguments, strict=True):
+    for half, argument in zip(halves, arguments, strict=False):
         body: Any = half.body
         if half.kind == ATTENTION:
             change = _attention(body, argument.attention, x, step, next(waiting), dtype)
