@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_kernels import needs_kernels
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from layers.activation import ACTIVATIONS
 from layers.embedding_layer import EmbeddingLayer
@@ -65,6 +66,19 @@ def test_norms_by_the_kernel_are_torchs(kind: type[RMSNorm], rows: int, monkeypa
         torch.testing.assert_close(norm(x.mT.contiguous().mT), found, rtol=1e-6, atol=0.0)
         assert norm(x.double()).dtype == torch.float64
     assert served == [1]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("kind", [RMSNorm, OffsetRMSNorm])
+def test_norms_can_be_transformed(kind: type[RMSNorm]) -> None:
+    norm, x, tangent = filled(kind(32, 1e-6)), torch.randn(3, 2, 32), torch.randn(3, 2, 32)
+    given = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(norm(given), given, torch.ones_like(x))
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(norm(forward_ad.make_dual(x, tangent))).tangent
+    assert found is not None
+    torch.testing.assert_close(found.sum(), (expected * tangent).sum(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.func.vmap(norm)(x), norm(x), rtol=1e-6, atol=0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,5 +1,5 @@
-/* What the caller says of the halves of decoder blocks, and of a head; half_arguments.py, mixture_arguments.py and part_arguments.py have
-   the same structs. */
+/* What the caller says of the halves of decoder blocks, and of a head; half_arguments.py, mixture_arguments.py,
+   part_arguments.py and native_norm.py have the same structs. */
 
 /* A vector of weights stored as `kind`, or none. */
 struct stored {

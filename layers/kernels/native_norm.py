@@ -5,6 +5,7 @@ import ctypes
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from layers.kernels import native
 
@@ -42,6 +43,7 @@ def native_norm(
         or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
         or torch.compiler.is_compiling()
         or type(x) is not Tensor  # but one that only stands for numbers
+        or _transformed()
         or native.library() is None
     ):
         return None
@@ -49,3 +51,8 @@ def native_norm(
     norm = NormArguments(StoredArguments(weight.data_ptr(), CODES[weight.dtype]), epsilon, offset)
     native.normalise(norm, x, out)
     return out
+
+
+def _transformed() -> bool:
+    """Whether derivatives go forward, or torch.func transforms a function: both see torch's operators alone."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
