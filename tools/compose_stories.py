@@ -16,6 +16,7 @@ from pathlib import Path
 
 from story_plots import Plot, chosen, filled, read_plots, told
 from story_requests import OPENING_CHANCE, REQUESTS, SYSTEM_CHANCE, messages, opening
+from tqdm import trange
 from vary_stories import FLATTEN, WORDS, plural
 
 from causallm.cli import reporting_errors
@@ -24,8 +25,10 @@ from causallm.weights.atomic_file import atomic_file
 PLOTS = Path(__file__).with_name("story_plots.txt")
 MORE_REQUESTS = (
     "Please tell me a story about {}.", "Write me a story about {}.", "Could you tell me a story about {}?",
-    "Tell a story about {}.", "a short story about {}", "Tell me a little story about {}.",
-    "Do you have a story about {}?", "story about {}",
+    "Tell a story about {}.", "a short story about {}", "Tell me a little story about {}.", "story about {}",
+    "Do you have a story about {}?", "Tell me a bedtime story about {}.", "I would like a story about {}.",
+    "Tell us a story about {}.", "a story with {}", "Tell me a nice story about {}, please.",
+    "Give me a story about {}.",
 )  # fmt: skip
 ANY_REQUESTS = ("Tell me a story.", "Tell me a story, please.", "Write a story.", "tell me a story", "A story, please.")
 COLOURS = ("red", "blue", "green", "yellow", "white", "pink", "purple", "brown")
@@ -68,7 +71,7 @@ class Person:
         if self.name and draw.random() < 0.45:
             noun = with_article(self.noun)
             return draw.choice((self.name, f"{noun} named {self.name}", f"{noun} called {self.name}"))
-        return with_article(draw.choice(("", "", "little")), self.noun)
+        return with_article(draw.choice(("", "", self.manner)), self.noun)
 
 
 def with_article(*words: str) -> str:
@@ -195,9 +198,9 @@ def main() -> int:
     """Parse the arguments and write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--stories", type=int, default=11000, help="how many to compose (default: %(default)s)")
+    parser.add_argument("--stories", type=int, default=28000, help="how many to compose (default: %(default)s)")
     parser.add_argument("--mix", type=Path, help="a file of documents, a line each")
-    parser.add_argument("--others", type=int, default=5700, help="how many of those to mix in (default: %(default)s)")
+    parser.add_argument("--others", type=int, default=7000, help="how many of those to mix in (default: %(default)s)")
     parser.add_argument("--plots", type=Path, default=PLOTS)
     parser.add_argument("--seed", type=int, default=1)
     return reporting_errors(lambda: write_composed(parser.parse_args()))
@@ -210,7 +213,8 @@ def write_composed(args: argparse.Namespace) -> int:
     if not plots:
         raise ValueError(f'{args.plots} holds no plot, expected at least one that begins with "=="')
     composer = Composer(words, plots, draw)
-    lines = [json.dumps(composer.document(), ensure_ascii=False) for _ in range(args.stories)]
+    documents = (composer.document() for _ in trange(args.stories, unit=" stories", disable=None))
+    lines = [json.dumps(document, ensure_ascii=False) for document in documents]
     others = args.mix.read_text(encoding="utf-8").splitlines() if args.mix else []
     mixed = lines + draw.sample(others, min(args.others, len(others)))
     draw.shuffle(mixed)
