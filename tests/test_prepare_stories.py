@@ -124,7 +124,10 @@ def test_animals_stay_what_they_are_where_a_word_fits_no_other(vary) -> None:
     assert all(vary.swap_things(barking, random.Random(seed)) == barking for seed in range(20))
 
 
-@pytest.mark.parametrize(("noun", "many"), [("cat", "cats"), ("fox", "foxes"), ("peach", "peaches"), ("fly", "flies")])
+@pytest.mark.parametrize(("noun", "many"), [
+    ("cat", "cats"), ("fox", "foxes"), ("peach", "peaches"), ("brush", "brushes"), ("potato", "potatoes"),
+    ("piano", "pianos"), ("fly", "flies"), ("bunny", "bunnies"), ("toy", "toys"), ("key", "keys"),
+])  # fmt: skip
 def test_plurals(vary, noun: str, many: str) -> None:
     assert vary.plural(noun) == many
 

@@ -50,9 +50,9 @@ def other_words(lower: str, words: Sequence[str], draw: random.Random) -> dict[s
 
 def plural(noun: str) -> str:
     """More than one of it, for the words of the table."""
-    if noun.endswith("y"):
+    if noun.endswith("y") and noun[-2] not in "aeo":
         return noun[:-1] + "ies"
-    return noun + ("es" if noun.endswith(("x", "ch")) else "s")
+    return noun + ("es" if noun.endswith(("x", "ch", "sh", "ato")) else "s")
 
 
 def replace(text: str, new: dict[str, str]) -> str:
