@@ -104,6 +104,18 @@ def test_documents_are_mixed_and_the_same_for_a_seed(
     assert all([turn["role"] for turn in turns][-2:] == ["user", "assistant"] for turns in answers)
 
 
+def test_only_texts_are_mixed_in(tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mix, out = tmp_path / "mix.jsonl", tmp_path / "out.jsonl"
+    others = [{"text": f"other {number}"} if number % 3 else {"messages": [number]} for number in range(30)]
+    mix.write_text("".join(json.dumps(other) + "\n" for other in others), encoding="utf-8")
+    assert run(tool, monkeypatch, "-o", out, "--stories", 5, "--mix", mix, "--others", 30, "--texts-only") == 0
+    entries = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert len(entries) == 5 + 20
+    assert [entry for entry in others if "text" in entry] == sorted(
+        (entry for entry in entries if entry in others), key=others.index
+    )
+
+
 @pytest.mark.parametrize(("text", "message"), [
     ("toy: ball\n", "holds no plot"),
     ("toy\n", 'got the line "toy", expected "kind: words" or "== plot"'),

@@ -85,11 +85,13 @@ class Composer:
 
     def __init__(self, words: dict[str, list[str]], plots: Sequence[Plot], draw: random.Random):
         self.words, self.plots, self.draw = words, plots, draw
+        self.weights = [2 if plot.kinds["x"] == "any" and "t" in plot.kinds else 1 for plot in plots]
+        """Stories of anybody with something are what is asked for most."""
 
     def document(self) -> dict[str, object]:
         """A story as text, or as the answer to a request."""
         draw = self.draw
-        story, request = self.compose(draw.choice(self.plots))
+        story, request = self.compose(draw.choices(self.plots, self.weights)[0])
         if draw.random() < TEXT_CHANCE:
             return {"text": story}
         asked = opening(story, draw) if draw.random() < OPENING_CHANCE else request
@@ -101,7 +103,7 @@ class Composer:
         values = self.values(plot, people)
         lines = [chosen(line, self.draw) for line in plot.lines]
         story = told([line + self.draw.choice("\n  ") for line in lines], values)
-        return story, self.request(plot, people, values)
+        return story, self.request(plot, people, values, story)
 
     def people(self, plot: Plot) -> dict[str, Person]:
         """{x}, and {y} where there is one, of other kinds and names."""
@@ -172,13 +174,14 @@ class Composer:
         remark = draw.choice(REMARKS).format(place=draw.choice(PLACES))
         return f"{sentence} {PRONOUNS[x.group][0].capitalize()} {remark}."
 
-    def request(self, plot: Plot, people: dict[str, Person], values: dict[str, str]) -> str:
+    def request(self, plot: Plot, people: dict[str, Person], values: dict[str, str], story: str) -> str:
         """A request that names some of what the story has."""
         draw, x = self.draw, people["x"].asked_for(self.draw)
         if draw.random() < 0.04:
             return draw.choice(ANY_REQUESTS)
         if plot.clauses and draw.random() < 0.27:
-            wanted = [f"{x} {filled(draw.choice(plot.clauses), values)}"]
+            clause = filled(draw.choice(plot.clauses), values)
+            wanted = [f"{x} {clause.replace('who ', 'that ', 1) if draw.random() < 0.25 else clause}"]
         else:
             others = [people["y"].asked_for(draw)] if "y" in people else []
             others += (
@@ -187,7 +190,8 @@ class Composer:
                 else []
             )
             others += [draw.choice(plot.extras)] if plot.extras else []
-            wanted = [x, *draw.sample(others, min(len(others), draw.choice((0, 1, 1, 1, 1, 2))))]
+            others += [f"{values['his']} {values['p']}"] if values["p"] in story and draw.random() < 0.2 else []
+            wanted = [x, *draw.sample(others, min(len(others), draw.choice((0, 1, 1, 1, 1, 1, 2, 2))))]
             if draw.random() < 0.15:
                 draw.shuffle(wanted)
         listed = " and ".join(filter(None, (", ".join(wanted[:-1]), wanted[-1])))
@@ -201,6 +205,7 @@ def main() -> int:
     parser.add_argument("--stories", type=int, default=28000, help="how many to compose (default: %(default)s)")
     parser.add_argument("--mix", type=Path, help="a file of documents, a line each")
     parser.add_argument("--others", type=int, default=7000, help="how many of those to mix in (default: %(default)s)")
+    parser.add_argument("--texts-only", action="store_true", help="mix in none that are answers to requests")
     parser.add_argument("--plots", type=Path, default=PLOTS)
     parser.add_argument("--seed", type=int, default=1)
     return reporting_errors(lambda: write_composed(parser.parse_args()))
@@ -216,6 +221,7 @@ def write_composed(args: argparse.Namespace) -> int:
     documents = (composer.document() for _ in trange(args.stories, unit=" stories", disable=None))
     lines = [json.dumps(document, ensure_ascii=False) for document in documents]
     others = args.mix.read_text(encoding="utf-8").splitlines() if args.mix else []
+    others = [line for line in others if "text" in json.loads(line)] if args.texts_only else others
     mixed = lines + draw.sample(others, min(args.others, len(others)))
     draw.shuffle(mixed)
     args.output.parent.mkdir(parents=True, exist_ok=True)
