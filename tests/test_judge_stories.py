@@ -40,9 +40,9 @@ def test_what_answers_share(tool) -> None:
 
 
 def test_every_request_can_be_kept(tool) -> None:
-    assert len({request for request, *_ in tool.ASKED}) == 20
+    assert len({request for request, *_ in tool.ASKED}) == 40
     for request, *words in tool.ASKED:
-        assert tool.times(request, words) == 1
+        assert tool.times(request, words) >= 1
 
 
 def test_a_likelihood_is_the_mean_of_all_tokens(tool) -> None:

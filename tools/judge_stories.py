@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from own_stories import Requests, sound
+from random_requests import Requests
+from sound_stories import sound
 from story_thread import log_likelihood, threads
 from tqdm import tqdm
 
@@ -26,26 +27,46 @@ from causallm.causal_lm import CausalLM
 from causallm.cli import reporting_errors
 
 ASKED = (
-    ("Tell me a story about a dog and a red ball.", "dog", "ball"),
-    ("Tell me a story about a cat who finds a key.", "cat", "key"),
-    ("Write a story about a boy named Ben and his big kite.", "Ben", "kite"),
-    ("Can you tell me a story about a girl who loves cake?", "girl", "cake"),
-    ("I want a story about a frog in a pond.", "frog", "pond"),
-    ("Tell me a bedtime story about a bear and the moon.", "bear", "moon"),
-    ("A story about Lily and her teddy, please.", "Lily", "teddy"),
-    ("Tell me about a bird that lost its nest.", "bird", "nest"),
-    ("Write something about a little train.", "train"),
-    ("Tell me a story with a princess and a dragon.", "princess", "dragon"),
-    ("Do you know a story about a rabbit and a carrot?", "rabbit", "carrot"),
-    ("Tell me a story about Tom, who has a new bike.", "Tom", "bike"),
-    ("a story about a fish and a boat", "fish", "boat"),
-    ("Tell me a story about a mouse and a piece of cheese.", "mouse", "cheese"),
-    ("Please tell me a story about a tree in the garden.", "tree", "garden"),
-    ("Tell me a story about two friends and a puddle.", "friend", "puddle"),
-    ("Write a very short story about a duck.", "duck"),
-    ("Tell me a story about a farmer and his horse.", "farmer", "horse"),
-    ("Tell me a story about Mia and a yellow balloon.", "Mia", "balloon"),
-    ("I would like to hear about a lion who wants a hat.", "lion", "hat"),
+    ("Tell me a story about a cat who is afraid of the rain.", "cat", "rain"),
+    ("Tell me a story about a little girl named Mia and her kite.", "Mia", "kite"),
+    ("Can you tell me a story about a frog?", "frog"),
+    ("a story about a dragon please", "dragon"),
+    ("Tell me a story about a boy who lost his shoe.", "boy", "shoe"),
+    ("I want a bedtime story about the moon and a sleepy owl.", "moon", "owl"),
+    ("Write a short story about two friends who find a box in the park.", "box", "park"),
+    ("Tell me a story about a bunny and a carrot.", "bunny", "carrot"),
+    ("Tell me a story about a princess who wants to climb a tree.", "princess", "tree"),
+    ("story about a train", "train"),
+    ("Please tell my son Ben a story about a big truck.", "Ben", "truck"),
+    ("Tell me a story about Grandma baking a cake.", "grandma", "cake"),
+    ("Tell me about a bear who could not sleep.", "bear"),
+    ("Make up a story where a mouse helps a lion.", "mouse", "lion"),
+    ("Tell me a story about a snowman that a girl builds in the yard.", "snowman", "girl"),
+    ("Could you write a story about a duck who learns to swim?", "duck"),
+    ("Tell me a funny story about a monkey and a hat.", "monkey", "hat"),
+    ("I'd like to hear a story about a fairy with a broken wing.", "fairy", "wing"),
+    ("Tell me a story about Tom and his toy robot.", "Tom", "robot"),
+    ("Tell a story about a fish in the sea", "fish", "sea"),
+    ("Tell me a story about a baby bird who falls out of the nest.", "bird", "nest"),
+    ("My daughter loves horses. Tell her a story about a horse.", "horse"),
+    ("Tell me a story about a king who had no friends.", "king"),
+    ("Tell me a story about a mom and her daughter at the beach.", "mom", "beach"),
+    ("Write me a story about a pig that likes mud.", "pig", "mud"),
+    ("Tell me a story about a teddy bear left on the bus.", "teddy", "bus"),
+    ("Tell me a scary story, but not too scary, about a ghost.", "ghost"),
+    ("What happened when Lily found a shiny key? Tell me!", "Lily", "key"),
+    ("Tell me a story about an elephant and an ant.", "elephant", "ant"),
+    ("Give me a story with a wizard and a spoon in it.", "wizard", "spoon"),
+    ("Tell me a story about a boat and the strong wind.", "boat", "wind"),
+    ("Tell me a story about a brother who would not share his cookie.", "brother", "cookie"),
+    ("I want a story about a butterfly and a flower!", "butterfly", "flower"),
+    ("Tell me a story about Sam, who does not like soup.", "Sam", "soup"),
+    ("Tell me a nice story about a doll.", "doll"),
+    ("Tell me a story about a squirrel who hides a nut.", "squirrel", "nut"),
+    ("Let's have a story about a farmer and his cow.", "farmer", "cow"),
+    ("Tell me a story about a puppy named Max who chases a bee.", "Max", "bee"),
+    ("Tell me a story about a dad who fixes a bike.", "dad", "bike"),
+    ("Tell me a story about a witch who is really kind.", "witch"),
 )
 """What somebody may ask for, in other words than the training data, and what an answer has to name."""
 EACH = 3

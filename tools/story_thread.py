@@ -35,30 +35,11 @@ def threads(model: CausalLM, stories: Sequence[str]) -> list[float]:
     return [(a - b) / max(1, len(second)) for a, b, (_, second) in zip(known, alone, pairs, strict=True)]
 
 
-def weakest_sentences(model: CausalLM, stories: Sequence[str]) -> list[float]:
-    """For each story, the least that one of its sentences is expected after those before it: log-likelihood a token."""
-    mark, sentences = _mark(model), [_sentences(model, story) for story in stories]
-    scores = _token_log_likelihoods(
-        model, [[mark, *(id for sentence in story for id in sentence)] for story in sentences]
-    )
-    found = []
-    for story, likely in zip(sentences, scores, strict=True):
-        parts = likely.split([len(sentence) for sentence in story])
-        found.append(min(part.mean().item() for part in parts))
-    return found
-
-
 def log_likelihood(model: CausalLM, stories: Sequence[str]) -> float:
     """Of a token of the stories, each by itself, in the mean."""
     mark = _mark(model)
     scores = _token_log_likelihoods(model, [[mark, *model.tokenizer.encode(story)] for story in stories])
     return torch.cat(scores).mean().item()
-
-
-def _sentences(model: CausalLM, story: str) -> list[list[int]]:
-    ends = [match.end() for match in SENTENCE_END.finditer(story)]
-    cut = [story[begin:end] for begin, end in zip((0, *ends), (*ends, len(story)), strict=True)]
-    return [model.tokenizer.encode(sentence) for sentence in cut if sentence]
 
 
 def _mark(model: CausalLM) -> int:
