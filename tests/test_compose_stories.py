@@ -59,6 +59,25 @@ def test_what_a_request_names_is_in_the_story(tool: ModuleType, composer: Any) -
     assert named > 200
 
 
+def test_whatever_a_plot_offers_to_ask_for_is_in_its_stories(composer: Any) -> None:
+    for plot in composer.plots:
+        for _ in range(12 if plot.extras else 0):
+            story, _ = composer.compose(plot)
+            missing = [each for each in plot.extras if each.split()[-1].rstrip("s").lower() not in story.lower()]
+            assert not missing, (plot.name, story)
+
+
+def test_a_parent_is_asked_for_only_where_one_acts(composer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(composer.draw, "random", lambda: 0.19)
+    plot = next(plot for plot in composer.plots if not plot.clauses and "y" not in plot.kinds and plot.uses("p"))
+    people = composer.people(plot)
+    values = {**composer.values(plot, people), "p": "mom", "his": "her"}
+    monkeypatch.setattr(composer.draw, "choice", lambda options: options[-1])
+    monkeypatch.setattr(composer.draw, "sample", lambda options, _: list(options))
+    assert "her mom" in composer.request(plot, people, values, "Her mom came.")
+    assert "her mom" not in composer.request(plot, people, values, "She sat for a moment.")
+
+
 def test_the_two_who_act_are_told_apart(composer: Any) -> None:
     for _ in range(200):
         plot = composer.draw.choice([plot for plot in composer.plots if "y" in plot.kinds])

@@ -9,6 +9,7 @@ model learns from them is to keep to what was asked for, and how a story goes on
 import argparse
 import json
 import random
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -190,7 +191,8 @@ class Composer:
                 else []
             )
             others += [draw.choice(plot.extras)] if plot.extras else []
-            others += [f"{values['his']} {values['p']}"] if values["p"] in story and draw.random() < 0.2 else []
+            if re.search(rf"\b{values['p']}\b", story) and draw.random() < 0.2:
+                others.append(f"{values['his']} {values['p']}")
             wanted = [x, *draw.sample(others, min(len(others), draw.choice((0, 1, 1, 1, 1, 1, 2, 2))))]
             if draw.random() < 0.15:
                 draw.shuffle(wanted)
