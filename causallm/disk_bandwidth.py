@@ -12,7 +12,7 @@ from io import FileIO
 from mmap import mmap
 from pathlib import Path
 
-from causallm.storage.pages import Pages
+from layers.pages import Pages
 
 PIECE = 4 * 2**20
 """Bytes of one read: as large as reads of whole blocks of a model."""

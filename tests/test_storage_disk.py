@@ -16,7 +16,7 @@ from causallm.storage.background import AHEAD, URGENT
 from causallm.storage.disk import PIECE_BYTES, Disk
 from causallm.storage.layout import Span
 from causallm.storage.open_file import OpenFile
-from causallm.storage.pages import PAGE, Pages, whole_pages
+from layers.pages import PAGE, Pages, whole_pages
 
 SIZE = 5 * PAGE + 1234
 

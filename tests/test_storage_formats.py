@@ -24,10 +24,10 @@ from causallm.packing import packed_tensors
 from causallm.prompt_cache.fingerprint import fingerprint
 from causallm.storage.computing import BLOCK_SHARE, CAST_BYTES, scratch_bytes
 from causallm.storage.disk import THREADS
-from causallm.storage.pages import PAGE
 from causallm.weights.convert import convert
 from causallm.weights.quantize import quantize
 from causallm.weights.reader import BLOCK_BYTES, PART_BYTES
+from layers.pages import PAGE
 
 pytestmark = [
     pytest.mark.usefixtures("tight"),

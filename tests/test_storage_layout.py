@@ -9,8 +9,8 @@ import torch
 from causallm.storage.disk import Disk
 from causallm.storage.experts import ExpertShape
 from causallm.storage.layout import GAP, Layout, Piece, lay_out
-from causallm.storage.pages import PAGE, Pages
 from causallm.weights.reader import FileRange
+from layers.pages import PAGE, Pages
 
 A, B = Path("a"), Path("b")
 

@@ -15,7 +15,6 @@ from causallm.storage.experts import CachedExperts
 from causallm.storage.head import HeadInParts
 from causallm.storage.inventory import Inventory, take_inventory
 from causallm.storage.layout import Layout
-from causallm.storage.pages import Pages
 from causallm.storage.plan import Plan
 from causallm.storage.rows import RowsOfFile, row_reader
 from causallm.storage.storage import HEAD
@@ -24,6 +23,7 @@ from causallm.transformer import Transformer
 from causallm.weights.expected import expected_parameters
 from causallm.weights.loader import check_weights
 from causallm.weights.reader import WeightReader
+from layers.pages import Pages
 
 
 def plan_storage(model: Transformer, reader: WeightReader, device: torch.device) -> tuple[Plan, Inventory] | None:

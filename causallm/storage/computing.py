@@ -10,8 +10,8 @@ from torch import Tensor
 
 from causallm.storage.disk import PIECE_BYTES, THREADS, Disk
 from causallm.storage.layout import Piece
-from causallm.storage.pages import PAGE, Pages, whole_pages
 from causallm.weights.reader import BLOCK_BYTES, PART_BYTES, FileRange, WeightReader
+from layers.pages import PAGE, Pages, whole_pages
 
 PART_SHARE, BLOCK_SHARE = 4, 32
 """Bytes that a thread needs for each of a part, and of a block of it (measured: 27, of MXFP4)."""

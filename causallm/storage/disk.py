@@ -10,7 +10,7 @@ from pathlib import Path
 from causallm.storage.background import AHEAD, Background, Ticket, Work
 from causallm.storage.layout import Span
 from causallm.storage.open_file import OpenFile
-from causallm.storage.pages import PAGE, Pages, whole_pages
+from layers.pages import PAGE, Pages, whole_pages
 
 THREADS = 4
 PIECE_BYTES = 2**22

@@ -11,8 +11,8 @@ from causallm.storage.background import URGENT, Ticket
 from causallm.storage.computing import Computing
 from causallm.storage.disk import Disk
 from causallm.storage.layout import Piece
-from causallm.storage.pages import PAGE, Pages, whole_pages
 from layers.expert_store import Expert
+from layers.pages import PAGE, Pages, whole_pages
 
 ALIGNMENT = 64
 Key = tuple[int, int]

@@ -10,7 +10,6 @@ from causallm.causal_lm import CausalLM
 from causallm.storage.experts import ExpertShape
 from causallm.storage.head import head_parts
 from causallm.storage.layout import Layout, Piece, lay_out
-from causallm.storage.pages import PAGE
 from causallm.storage.storage import HEAD
 from causallm.transformer import Transformer
 from causallm.weights.expected import expected_parameters
@@ -18,6 +17,7 @@ from causallm.weights.names import weight_kind
 from causallm.weights.reader import WeightReader
 from layers.expert_store import FetchedExperts
 from layers.gpt_oss_moe import GptOssExperts
+from layers.pages import PAGE
 
 SMALL = 2**16
 """Bytes up to which a tensor is in memory whatever the budget: norms, biases."""

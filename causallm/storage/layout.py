@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from causallm.storage.pages import PAGE, Pages, whole_pages
 from causallm.weights.reader import FileRange
+from layers.pages import PAGE, Pages, whole_pages
 
 GAP = 2**16
 """Bytes between two tensors of a file that are read with them rather than with a second request."""

@@ -6,7 +6,7 @@ import threading
 import weakref
 from pathlib import Path
 
-from causallm.storage.pages import PAGE, Pages
+from layers.pages import PAGE, Pages
 
 
 class OpenFile:

@@ -13,9 +13,9 @@ from causallm.storage.counts import StorageCounts
 from causallm.storage.disk import Disk
 from causallm.storage.experts import CachedExperts
 from causallm.storage.layout import Layout
-from causallm.storage.pages import Pages
 from causallm.storage.storage import HEAD, Storage
 from causallm.weights.reader import WeightReader
+from layers.pages import Pages
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Memory that weights are read into: taken from the system once, in whole pages, and used again and again."""
+"""Memory of the process's own, taken from the system in whole pages: huge ones, where it has them."""
 
 import mmap
 import sys
