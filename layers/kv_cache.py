@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Num
 from torch import Tensor
 
+from layers.pages import empty_pair
+
 Columns = tuple[range, ...]
 
 
@@ -59,8 +61,7 @@ class KVCache:
         capacity: int = 0,
     ):
         self.offset = 0
-        self._keys = torch.empty(batch, kv_heads, capacity, head_dim, dtype=dtype, device=device)
-        self._values = torch.empty_like(self._keys)
+        self._keys, self._values = empty_pair((batch, kv_heads, capacity, head_dim), dtype, device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -109,14 +110,16 @@ class KVCache:
         if columns <= self._keys.shape[2]:
             return
         # A quarter more than needed: appending costs a constant amount on average and wastes little.
-        capacity = -(-(columns + columns // 4) // self.step) * self.step
-        self._keys, self._values = (self._grown(held, capacity) for held in (self._keys, self._values))
+        self._grow(-(-(columns + columns // 4) // self.step) * self.step)
 
-    def _grown(self, held: Tensor, capacity: int) -> Tensor:
-        batch, kv_heads, _, head_dim = held.shape
-        grown = held.new_empty(batch, kv_heads, capacity, head_dim)
-        grown[:, :, : self.offset] = held[:, :, : self.offset]
-        return grown
+    def _grow(self, capacity: int) -> None:
+        """Move what is held to memory for `capacity` columns."""
+        batch, kv_heads, slots, head_dim = self._keys.shape
+        used = min(self.offset, slots)
+        keys, values = empty_pair((batch, kv_heads, capacity, head_dim), self.dtype, self._keys.device)
+        keys[:, :, :used] = self._keys[:, :, :used]
+        values[:, :, :used] = self._values[:, :, :used]
+        self._keys, self._values = keys, values
 
     def reaches(self, columns: int) -> bool:
         """Whether `truncate(columns)` can be done."""

@@ -77,14 +77,7 @@ class SlidingKVCache(KVCache):
 
     def reserve(self, columns: int) -> None:
         if min(columns, self.window) > self._keys.shape[2]:
-            capacity = min(-(-(columns + columns // 4) // self.step) * self.step, self.window)
-            self._keys, self._values = (self._grown(held, capacity) for held in (self._keys, self._values))
-
-    def _grown(self, held: Tensor, capacity: int) -> Tensor:
-        batch, kv_heads, slots, head_dim = held.shape
-        grown = held.new_empty(batch, kv_heads, capacity, head_dim)
-        grown[:, :, :slots] = held
-        return grown
+            self._grow(min(-(-(columns + columns // 4) // self.step) * self.step, self.window))
 
     def _held(self, offset: int) -> int:
         return min(offset, self.window)

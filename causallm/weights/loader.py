@@ -11,6 +11,7 @@ from causallm.transformer import Transformer
 from causallm.weights.expected import expected_parameters
 from causallm.weights.names import module_name
 from causallm.weights.reader import WeightReader
+from layers.pages import Slabs
 
 
 def load_weights(
@@ -22,18 +23,21 @@ def load_weights(
     """Give every parameter of `model` its tensor from `tensors`, whose names may have Hugging Face's prefix.
 
     A tensor of the parameter's dtype is assigned as it is (a mapped file stays mapped), another is cast, or packed
-    where the model's layer is a packed one, and what was mapped of it given back, so that memory holds the model and
-    one tensor more. An unknown, repeated, missing or misshapen tensor is a ValueError naming it. `progress` is called
-    with each name.
+    where the model's layer is a packed one, into huge pages where the system has them, and what was mapped of it given
+    back, so that memory holds the model and one tensor more. An unknown, repeated, missing or misshapen tensor is a
+    ValueError naming it. `progress` is called with each name.
     """
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    packed = packed_tensors(model)
+    packed, slabs, device = packed_tensors(model), Slabs(), torch.device(device)
     for name, tensor in _matched(model, tensors):
-        if name in packed and tensor.is_floating_point():
-            tensor = pack_weight(tensor, packed[name].kind)
-        loaded = tensor.to(device=device, dtype=dtypes[name])
+        pack = name in packed and tensor.is_floating_point()
+        loaded = pack_weight(tensor, packed[name].kind) if pack else tensor
+        if device.type != "cpu":
+            loaded = loaded.to(device, dtypes[name])
+        elif pack or tensor.dtype != dtypes[name]:
+            loaded = slabs.copy(loaded, dtypes[name])
         assign(model, name, loaded)
-        if isinstance(tensors, WeightReader) and loaded.data_ptr() != tensor.data_ptr():
+        if isinstance(tensors, WeightReader) and loaded is not tensor:
             tensors.release(name)
         if progress:
             progress(name)
