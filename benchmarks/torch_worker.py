@@ -26,9 +26,11 @@ def load_causallm(folder: str, dtype: str | None) -> tuple[float, Start]:
     """The seconds of loading, imports apart, and what starts a sequence."""
     from causallm import load_model
     from causallm.allocator import keep_freed_memory
+    from causallm.library_pages import give_back_library_code
     from causallm.steps import decode_one, prefill
 
     keep_freed_memory()  # as the command line does
+    give_back_library_code()
     begin = time.perf_counter()
     model = load_model(folder, dtype=dtype)
     seconds = time.perf_counter() - begin

@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
 from causallm.allocator import keep_freed_memory
+from causallm.library_pages import give_back_library_code
 from causallm.out_of_memory import out_of_memory
 from causallm.thread_waiting import wait_briefly
 
@@ -92,6 +93,7 @@ def _execute(arguments: list[str]) -> int:
     keep_freed_memory()
     wait_briefly()
     command = importlib.import_module(f"causallm.commands.{verb}")
+    give_back_library_code()
     parser = Parser(
         f"main.py {verb}",
         description=command.__doc__,
