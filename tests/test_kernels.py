@@ -162,19 +162,33 @@ def test_expanding_is_exact(kind: str) -> None:
 @pytest.mark.usefixtures("_level")
 @pytest.mark.parametrize("dtype", native.FLOATS)
 @pytest.mark.parametrize("options", [(None, False, False), (2.0, True, True)])
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 16), (6, 2, 64), (8, 1, 128)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "past"),
+    [(4, 4, 16, 33), (6, 2, 64, 131), (8, 1, 128, 33), (14, 2, 80, 66), (2, 1, 272, 1)],
+)
 def test_attention_of_one_token_is_its_definition(
-    heads: int, kv_heads: int, head_dim: int, options: tuple[float | None, bool, bool], dtype: torch.dtype
+    heads: int, kv_heads: int, head_dim: int, past: int, options: tuple[float | None, bool, bool], dtype: torch.dtype
 ) -> None:
     softcap, with_sinks, masked = options
-    held = torch.randn(2, 2, kv_heads, 40, head_dim).to(dtype)
-    key, value = held[0, :, :, :33], held[1, :, :, :33]
+    held = torch.randn(2, 2, kv_heads, past + 7, head_dim).to(dtype)
+    held[:, :, :, past:] = torch.nan
+    key, value = held[0, :, :, :past], held[1, :, :, :past]
     query = torch.randn(2, heads, 1, head_dim)
     sinks = torch.randn(heads) if with_sinks else None
-    bias = torch.zeros(2, 33).masked_fill_(torch.rand(2, 33) < 0.3, -torch.inf) if masked else None
+    bias = torch.zeros(2, past).masked_fill_(torch.rand(2, past) < 0.3, -torch.inf) if masked and past > 1 else None
     found = native_attention.attend(query, key, value, bias, sinks, 0.2, softcap)
     expected = defined(query, key, value, None if bias is None else bias[:, None, None], sinks, 0.2, softcap)
     torch.testing.assert_close(found.double(), expected, rtol=2e-5, atol=2e-6)
+
+
+@needs_kernels
+@pytest.mark.usefixtures("_level")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_attention_of_a_head_is_that_of_the_head_alone(dtype: torch.dtype) -> None:
+    key, value = torch.randn(2, 1, 1, 77, 48).to(dtype)
+    query = torch.randn(1, 7, 1, 48)
+    alone = [native_attention.attend(query[:, head : head + 1], key, value, None, None, 0.2, None) for head in range(7)]
+    assert torch.equal(native_attention.attend(query, key, value, None, None, 0.2, None), torch.cat(alone, 1))
 
 
 def defined(

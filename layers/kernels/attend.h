@@ -3,10 +3,24 @@
 
 #define AHEAD 32 /* positions fetched before they are needed */
 #define POSITIONS 64 /* of which keys or values stay in the nearest cache while all heads use them */
+#define TILE 4 /* positions whose keys are multiplied at once */
+#if VNNI512
+#define MOST_HEADS 4 /* whose queries meet a key, or a value, while it is in registers as fp32 */
+#define SUMS 16 /* vectors of their outputs in registers */
+#else
+#define MOST_HEADS 2
+#define SUMS 8
+#endif
+#define EACH(INDEX, COUNT) _Pragma("GCC unroll 8") for (int INDEX = 0; INDEX < (COUNT); INDEX++)
 
+/* Of so many whole vectors' values. */
 static inline float NAME(largest)(const float *values, long count) {
-    float largest = values[0];
-    for (long i = 1; i < count; i++) largest = values[i] > largest ? values[i] : largest;
+    float most[LANES];
+    memcpy(most, values, sizeof most);
+    for (long t = LANES; t < count; t += LANES)
+        for (int i = 0; i < LANES; i++) most[i] = values[t + i] > most[i] ? values[t + i] : most[i];
+    float largest = most[0];
+    for (int i = 1; i < LANES; i++) largest = most[i] > largest ? most[i] : largest;
     return largest;
 }
 
@@ -14,7 +28,7 @@ static inline float NAME(largest)(const float *values, long count) {
 static void NAME(softmax)(float *scores, long past, const float *sink) {
     const long whole = padded(past);
     for (long t = past; t < whole; t++) scores[t] = -INFINITY;
-    float largest = NAME(largest)(scores, past);
+    float largest = NAME(largest)(scores, whole);
     if (sink && *sink > largest) largest = *sink;
     FLOATS sum = {0};
     for (long t = 0; t < whole; t += LANES) {
@@ -26,33 +40,98 @@ static void NAME(softmax)(float *scores, long past, const float *sink) {
     for (long t = 0; t < whole; t += LANES) *(FLOATS *)(scores + t) = NAME(load_f32)(scores + t) * inverse;
 }
 
+/* The sum of each of TILE vectors. */
+static inline void NAME(sum_each)(const FLOATS *of, float *sums) {
+#if VNNI512
+    const __m512 a = (__m512)of[0], b = (__m512)of[1], c = (__m512)of[2], d = (__m512)of[3];
+    const __m512d ab = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const __m512d cd = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    const __m512 all = _mm512_add_ps((__m512)_mm512_unpacklo_pd(ab, cd), (__m512)_mm512_unpackhi_pd(ab, cd));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+#elif F16C
+    const __m256 ab = _mm256_hadd_ps((__m256)of[0], (__m256)of[1]), cd = _mm256_hadd_ps((__m256)of[2], (__m256)of[3]);
+    const __m256 all = _mm256_hadd_ps(ab, cd);
+    _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+#elif defined(__aarch64__)
+    const float32x4_t ab = vpaddq_f32((float32x4_t)of[0], (float32x4_t)of[1]);
+    vst1q_f32(sums, vpaddq_f32(ab, vpaddq_f32((float32x4_t)of[2], (float32x4_t)of[3])));
+#else
+    for (int i = 0; i < TILE; i++) sums[i] = NAME(sum)(of[i]);
+#endif
+}
+
+/* How many of `heads` heads are computed at once; what is computed for one does not depend on the others. */
+static inline int NAME(at_once)(int heads) { return heads >= MOST_HEADS ? MOST_HEADS : heads >= 2 ? 2 : 1; }
+
+/* For keys and values of a kind, `step` of them from one position to the next; queries and outputs of heads are `dim`
+   apart, their rows of scores `stride`. */
 #define ATTEND(KIND, BYTES)                                                                                 \
-    static inline void NAME(score_##KIND)(const float *query, const uint8_t *keys, long step, long count, int dim,     \
-                                          float *scores) {                                                  \
-        for (long t = 0; t < count; t++) {                                                                  \
-            FLOATS sums[IN_32] = {{0}};                                                                     \
-            const uint8_t *key = keys + BYTES * t * step;                                                   \
-            for (int at = 0; at < BYTES * dim; at += 64) __builtin_prefetch(key + BYTES * AHEAD * step + at, 0, 3);    \
-            int i = 0;                                                                                      \
-            for (; i + 32 <= dim; i += 32)                                                                  \
-                _Pragma("GCC unroll 8") for (int k = 0; k < IN_32; k++)                                     \
-                    sums[k] += NAME(load_##KIND)(key + BYTES * (i + LANES * k)) * NAME(load_f32)(query + i + LANES * k); \
-            for (; i < dim; i += LANES) sums[0] += NAME(load_##KIND)(key + BYTES * i) * NAME(load_f32)(query + i);     \
-            scores[t] = NAME(sum_32)(sums);                                                                 \
+    static inline __attribute__((always_inline)) void NAME(score_##KIND)(                                   \
+        const float *query, const uint8_t *keys, long step, long count, int dim, const int heads,           \
+        float *scores, long stride) {                                                                       \
+        for (long t = 0; t < count; t += TILE) {                                                            \
+            const uint8_t *key[TILE];                                                                       \
+            FLOATS sums[MOST_HEADS * TILE] = {{0}};                                                         \
+            EACH(p, TILE) {                                                                                 \
+                key[p] = keys + BYTES * step * (t + p < count ? t + p : count - 1);                         \
+                const uint8_t *ahead = key[p] + BYTES * AHEAD * step;                                       \
+                for (int at = 0; at < BYTES * dim; at += 64) __builtin_prefetch(ahead + at, 0, 3);          \
+            }                                                                                               \
+            for (int i = 0; i < dim; i += LANES) {                                                          \
+                FLOATS here[TILE];                                                                          \
+                EACH(p, TILE) here[p] = NAME(load_##KIND)(key[p] + BYTES * i);                              \
+                EACH(h, heads) {                                                                            \
+                    const FLOATS q = NAME(load_f32)(query + h * dim + i);                                   \
+                    EACH(p, TILE) sums[TILE * h + p] += here[p] * q;                                        \
+                }                                                                                           \
+            }                                                                                               \
+            /* `scores` has room for whole tiles. */                                                        \
+            EACH(h, heads) NAME(sum_each)(sums + TILE * h, scores + h * stride + t);                        \
         }                                                                                                   \
     }                                                                                                       \
-    /* out += weights values, `parts` vectors of dimensions held in registers. */                           \
-    static inline __attribute__((always_inline)) void NAME(mix_##KIND)(                                     \
-        const float *weights, const uint8_t *values, long step, long count, const int parts, float *out) {  \
-        FLOATS sums[8];                                                                                        \
-        _Pragma("GCC unroll 8") for (int i = 0; i < parts; i++) sums[i] = NAME(load_f32)(out + LANES * i);  \
-        for (long t = 0; t < count; t++) {                                                                  \
-            const uint8_t *value = values + BYTES * t * step;                                               \
-            for (int at = 0; at < BYTES * LANES * parts; at += 64) __builtin_prefetch(value + BYTES * AHEAD * step + at, 0, 3); \
-            _Pragma("GCC unroll 8") for (int i = 0; i < parts; i++)                                         \
-                sums[i] += weights[t] * NAME(load_##KIND)(value + BYTES * LANES * i);                       \
+    static void NAME(score_all_##KIND)(const float *query, const uint8_t *keys, long step, long count,      \
+                                       int dim, int heads, float *scores, long stride) {                    \
+        for (int few; heads; heads -= few, query += few * dim, scores += few * stride) {                    \
+            few = NAME(at_once)(heads);                                                                     \
+            if (few == MOST_HEADS) NAME(score_##KIND)(query, keys, step, count, dim, MOST_HEADS, scores, stride); \
+            else if (few == 2) NAME(score_##KIND)(query, keys, step, count, dim, 2, scores, stride);        \
+            else NAME(score_##KIND)(query, keys, step, count, dim, 1, scores, stride);                      \
         }                                                                                                   \
-        _Pragma("GCC unroll 8") for (int i = 0; i < parts; i++) *(FLOATS *)(out + LANES * i) = sums[i];     \
+    }                                                                                                       \
+    /* out += weights values, `parts` vectors of dimensions of each head held in registers. */              \
+    static inline __attribute__((always_inline)) void NAME(mix_##KIND)(                                     \
+        const float *weights, long stride, const uint8_t *values, long step, long count, const int heads,   \
+        const int parts, float *out, int dim) {                                                             \
+        FLOATS sums[SUMS];                                                                                  \
+        EACH(h, heads) EACH(i, parts) sums[parts * h + i] = NAME(load_f32)(out + h * dim + LANES * i);      \
+        for (long t = 0; t < count; t++) {                                                                  \
+            const uint8_t *value = values + BYTES * step * t, *ahead = value + BYTES * AHEAD * step;        \
+            for (int at = 0; at < BYTES * LANES * parts; at += 64) __builtin_prefetch(ahead + at, 0, 3);    \
+            FLOATS here[SUMS];                                                                              \
+            EACH(i, parts) here[i] = NAME(load_##KIND)(value + BYTES * LANES * i);                          \
+            EACH(h, heads) EACH(i, parts) sums[parts * h + i] += weights[h * stride + t] * here[i];         \
+        }                                                                                                   \
+        EACH(h, heads) EACH(i, parts) *(FLOATS *)(out + h * dim + LANES * i) = sums[parts * h + i];         \
+    }                                                                                                       \
+    static inline __attribute__((always_inline)) void NAME(mix_few_##KIND)(                                 \
+        const float *weights, long stride, const uint8_t *values, long step, long count, const int heads,   \
+        const int parts, float *out, int dim) {                                                             \
+        int i = 0;                                                                                          \
+        for (; i + parts * LANES <= dim; i += parts * LANES)                                                \
+            NAME(mix_##KIND)(weights, stride, values + BYTES * i, step, count, heads, parts, out + i, dim); \
+        for (; i < dim; i += LANES)                                                                         \
+            NAME(mix_##KIND)(weights, stride, values + BYTES * i, step, count, heads, 1, out + i, dim);     \
+    }                                                                                                       \
+    static void NAME(mix_all_##KIND)(const float *weights, long stride, const uint8_t *values, long step,   \
+                                     long count, int heads, float *out, int dim) {                          \
+        for (int few; heads; heads -= few, weights += few * stride, out += few * dim) {                     \
+            few = NAME(at_once)(heads);                                                                     \
+            if (few == MOST_HEADS)                                                                          \
+                NAME(mix_few_##KIND)(weights, stride, values, step, count, MOST_HEADS, SUMS / MOST_HEADS, out, dim); \
+            else if (few == 2) NAME(mix_few_##KIND)(weights, stride, values, step, count, 2, SUMS / 2, out, dim); \
+            else NAME(mix_few_##KIND)(weights, stride, values, step, count, 1, SUMS / 2, out, dim);         \
+        }                                                                                                   \
     }                                                                                                       \
     static void NAME(attend_##KIND)(const struct attention *a, long row, int kv_head, int first, int heads, \
                                     float *scores) {                                                        \
@@ -66,9 +145,8 @@ static void NAME(softmax)(float *scores, long past, const float *sink) {
         const long scales = batch * a->scale_row + kv_head * a->scale_head;                                 \
         for (long t = 0; t < past; t += POSITIONS) {                                                        \
             const long count = past - t < POSITIONS ? past - t : POSITIONS;                                 \
-            for (int g = 0; g < heads; g++)                                                                 \
-                NAME(score_##KIND)(query + g * dim, keys + BYTES * t * a->key_step, a->key_step, count, dim,           \
-                                   scores + g * stride + t);                                                \
+            const uint8_t *here = keys + BYTES * t * a->key_step;                                           \
+            NAME(score_all_##KIND)(query, here, a->key_step, count, dim, heads, scores + t, stride);        \
         }                                                                                                   \
         for (int g = 0; g < heads; g++) {                                                                   \
             float *s = scores + g * stride;                                                                 \
@@ -87,16 +165,7 @@ static void NAME(softmax)(float *scores, long past, const float *sink) {
         for (long t = 0; t < past; t += POSITIONS) {                                                        \
             const long count = past - t < POSITIONS ? past - t : POSITIONS;                                 \
             const uint8_t *here = values + BYTES * t * a->value_step;                                       \
-            for (int g = 0; g < heads; g++) {                                                               \
-                const float *weights = scores + g * stride + t;                                             \
-                int i = 0;                                                                                  \
-                for (; i + 8 * LANES <= dim; i += 8 * LANES)                                                \
-                    NAME(mix_##KIND)(weights, here + BYTES * i, a->value_step, count, 8, out + g * dim + i);           \
-                for (; i + 2 * LANES <= dim; i += 2 * LANES)                                                \
-                    NAME(mix_##KIND)(weights, here + BYTES * i, a->value_step, count, 2, out + g * dim + i);           \
-                for (; i < dim; i += LANES)                                                                 \
-                    NAME(mix_##KIND)(weights, here + BYTES * i, a->value_step, count, 1, out + g * dim + i);           \
-            }                                                                                               \
+            NAME(mix_all_##KIND)(scores + t, stride, here, a->value_step, count, heads, out, dim);          \
         }                                                                                                   \
     }
 
@@ -125,3 +194,7 @@ static void NAME(round_head)(const float *x, long count, int8_t *q, float *scale
 #undef AHEAD
 #undef POSITIONS
 #undef ATTEND
+#undef TILE
+#undef MOST_HEADS
+#undef SUMS
+#undef EACH
