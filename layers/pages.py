@@ -3,6 +3,7 @@
 import mmap
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -36,12 +37,13 @@ class Pages:
         try:
             self._bytes = mmap.mmap(-1, max(nbytes, 1) + (HUGE_PAGE if huge else 0), **PRIVATE)
         except OSError:
-            raise MemoryError(f"no memory for {nbytes} bytes of weights") from None
+            raise MemoryError(f"no memory for {nbytes} bytes") from None
         address = torch.frombuffer(self._bytes, dtype=torch.uint8).data_ptr()
         self._start = -address % HUGE_PAGE if huge else 0
         if huge:
-            # Whole ones: what is left over takes no more of another than it needs.
-            self._bytes.madvise(mmap.MADV_HUGEPAGE, self._start, nbytes // HUGE_PAGE * HUGE_PAGE)
+            with suppress(OSError):  # A kernel without huge pages.
+                # Whole ones: what is left over takes no more of another than it needs.
+                self._bytes.madvise(mmap.MADV_HUGEPAGE, self._start, nbytes // HUGE_PAGE * HUGE_PAGE)
 
     def view(self, offset: int, nbytes: int) -> memoryview:
         """Bytes to be written to."""

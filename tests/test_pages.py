@@ -80,3 +80,10 @@ def test_a_cache_that_grows_into_huge_pages_holds_what_it_held(window: int | Non
     last = slice(0 if window is None else 2000 - window, 2000)
     assert torch.equal(held["keys"], keys[:, :, last])
     assert torch.equal(held["values"], values[:, :, last])
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="only Linux has huge pages to ask for")
+def test_a_kernel_without_huge_pages_gives_ordinary_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 12345)  # what no kernel knows: "invalid argument", as there
+    first, second = empty_pair((1, 8, 577, 128), torch.float16)
+    assert torch.equal(first.fill_(1) + second.fill_(2), torch.full_like(first, 3))
