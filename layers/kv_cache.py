@@ -61,7 +61,8 @@ class KVCache:
         capacity: int = 0,
     ):
         self.offset = 0
-        self._keys, self._values = empty_pair((batch, kv_heads, capacity, head_dim), dtype, device)
+        self._keys = torch.empty(batch, kv_heads, capacity, head_dim, dtype=dtype, device=device)
+        self._values = torch.empty_like(self._keys)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -164,7 +165,9 @@ class KVCache:
 
 
 class StaticKVCache(KVCache):
-    """All of `capacity` columns is allocated at once and never moves; a column beyond is a ValueError."""
+    """All of `capacity` columns is allocated at once and stays where it is once it holds any; more are a ValueError."""
+
+    _settled = False
 
     @property
     def limit(self) -> int:  # type: ignore[override]
@@ -176,3 +179,7 @@ class StaticKVCache(KVCache):
     def reserve(self, columns: int) -> None:
         if columns > self._keys.shape[2]:
             raise ValueError(f"the cache holds {self._keys.shape[2]} positions, but {columns} are needed")
+        if not self._settled and self._keys.is_cpu and 2 * columns >= self._keys.shape[2]:
+            # Huge pages for what the first tokens will fill: by half at least.
+            self._grow(self._keys.shape[2])
+        self._settled = True

@@ -60,10 +60,14 @@ class Pages:
 
 
 def empty_pair(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Two uninitialised tensors; on the CPU, where they fill a huge page, one after the other in pages of their own."""
+    """Two uninitialised tensors; on the CPU, where they fill a huge page, one after the other in huge pages.
+
+    What will not be written to should not be asked for: of a huge page all is in memory once any of it is.
+    """
     nbytes = torch.Size(shape).numel() * dtype.itemsize
     nbytes += -nbytes % LINE
-    if torch.device(device).type != "cpu" or 2 * nbytes < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+    huge = 2 * nbytes >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE") and not torch.compiler.is_compiling()
+    if torch.device(device).type != "cpu" or not huge:
         return torch.empty(*shape, dtype=dtype, device=device), torch.empty(*shape, dtype=dtype, device=device)
     pages = Pages(2 * nbytes)
     return pages.tensor(0, shape, dtype), pages.tensor(nbytes, shape, dtype)

@@ -2,11 +2,13 @@
 
 import itertools
 import mmap
+import sys
 
 import pytest
 import torch
 
-from layers.kv_cache import KVCache
+from causallm.report import memory_kinds
+from layers.kv_cache import KVCache, StaticKVCache
 from layers.pages import HUGE_PAGE, LINE, SLAB, Slabs, empty_pair
 from layers.sliding_cache import SlidingKVCache
 
@@ -80,6 +82,27 @@ def test_a_cache_that_grows_into_huge_pages_holds_what_it_held(window: int | Non
     last = slice(0 if window is None else 2000 - window, 2000)
     assert torch.equal(held["keys"], keys[:, :, last])
     assert torch.equal(held["values"], values[:, :, last])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what is in memory")
+def test_a_large_static_cache_takes_no_memory_that_few_tokens_do_not_fill() -> None:
+    cache, token = StaticKVCache(1, 8, 128, torch.float16, capacity=40_960), torch.randn(1, 8, 1, 128).half()
+    before = memory_kinds()[0]
+    cache.update(token, token)
+    assert cache.nbytes > 160e6
+    assert memory_kinds()[0] - before < 20e6
+
+
+@pytest.mark.parametrize("first", [400, 900])
+def test_a_static_cache_holds_what_it_is_given(first: int) -> None:
+    cache = StaticKVCache(1, 8, 128, torch.float16, capacity=1000)
+    keys, values = torch.randn(2, 1, 8, 1000, 128, dtype=torch.float16)
+    cache.update(keys[:, :, :first], values[:, :, :first])
+    address = cache.claim(0).keys.data_ptr()
+    held, _, _ = cache.update(keys[:, :, first:], values[:, :, first:])
+    assert held.data_ptr() == address
+    assert torch.equal(cache.state()["keys"], keys)
+    assert torch.equal(cache.state()["values"], values)
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="only Linux has huge pages to ask for")
