@@ -2,6 +2,7 @@
 
 import ctypes
 import mmap
+import sys
 from contextlib import suppress
 
 import psutil
@@ -14,13 +15,16 @@ def give_back_library_code() -> None:
     Importing torch runs code that registers thousands of operators, and never runs it again: of the 60 MB that this
     takes (torch 2.13) a model comes back to 25. It costs 20 ms.
     """
-    if not hasattr(mmap, "MADV_DONTNEED"):
+    # Where the system does not tell them psutil has no such method.
+    maps = getattr(psutil.Process(), "memory_maps", None)
+    if sys.platform != "linux" or maps is None:
         return
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
     with suppress(OSError, psutil.Error):
-        for mapped in psutil.Process().memory_maps(grouped=False):
-            # A page that was changed (anonymous) is in no file: it would be lost.
-            if mapped.perms == "r-xp" and mapped.path.startswith("/") and not mapped.anonymous:
+        for mapped in maps(grouped=False):
+            # A page that was changed is in no file: it would be lost.
+            changed = mapped.anonymous or mapped.swap
+            if mapped.perms == "r-xp" and mapped.path.startswith("/") and not changed:
                 start, end = (int(number, 16) for number in mapped.addr.split("-"))
                 madvise(start, end - start, mmap.MADV_DONTNEED)

@@ -3,7 +3,10 @@
 import subprocess
 import sys
 
+import psutil
 import pytest
+
+from causallm.library_pages import give_back_library_code
 
 AFTER_IMPORTING_TORCH = """
 from causallm.library_pages import give_back_library_code
@@ -22,3 +25,8 @@ assert torch.equal(torch.arange(10000.0).view(100, 100) @ torch.ones(100, 3), ex
 @pytest.mark.skipif(sys.platform != "linux", reason="only there")
 def test_code_that_ran_at_the_start_is_not_in_memory_any_more() -> None:
     subprocess.run([sys.executable, "-c", AFTER_IMPORTING_TORCH], check=True)
+
+
+def test_a_system_that_does_not_tell_what_is_mapped_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(psutil.Process, "memory_maps", raising=False)
+    give_back_library_code()
