@@ -75,6 +75,12 @@ def test_shards_give_the_same_weights(checkpoints: Checkpoints, tmp_path: Path) 
         assert torch.equal(one, other)
 
 
+def test_tensors_without_numbers_are_no_weights(checkpoints: Checkpoints) -> None:
+    model = build_model(checkpoints.folder("llama"))
+    with pytest.raises(NotImplementedError):
+        load_weights(model, [(name, torch.empty_like(weight)) for name, weight in model.named_parameters()])
+
+
 def test_weights_are_mapped_not_copied_and_the_file_is_safe(checkpoints: Checkpoints, tmp_path: Path) -> None:
     folder = changed(checkpoints.folder("llama"), tmp_path / "m")
     before = (folder / "model.safetensors").read_bytes()

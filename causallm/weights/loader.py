@@ -34,7 +34,7 @@ def load_weights(
         loaded = pack_weight(tensor, packed[name].kind) if pack else tensor
         if device.type != "cpu":
             loaded = loaded.to(device, dtypes[name])
-        elif pack or tensor.dtype != dtypes[name]:
+        elif pack or tensor.dtype != dtypes[name] or not tensor.is_cpu:
             loaded = slabs.copy(loaded, dtypes[name])
         assign(model, name, loaded)
         if isinstance(tensors, WeightReader) and loaded is not tensor:
