@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 from sample_tokenizers import byte_level, save
 from text_models import TEMPLATE
-from train_runs import LLAMA, content, write
+from train_runs import LLAMA, content, settings, write
 
 from causallm.cli import main
 from causallm.tokenizer import Tokenizer
 from causallm.training import corpus
 from causallm.training.corpus import Document, read_documents
 from causallm.training.encode import answer_end, encode_document
+from causallm.training.model_folder import sample_input
 from causallm.training.new_tokenizer import make_tokenizer
 from causallm.training.settings import TokenizerSettings
 
@@ -129,6 +130,16 @@ def chat(tmp_path: Path) -> Tokenizer:
     folder.mkdir()
     save(byte_level(), folder, bos_token="<s>", eos_token="</s>", chat_template=TEMPLATE)
     return Tokenizer.from_folder(folder)
+
+
+def test_the_sample_input_of_a_model_that_chats_is_a_message(chat: Tokenizer, tmp_path: Path) -> None:
+    text = sample_input(settings(tmp_path, log={"sample_prompts": ["Tell me."]}), chat)
+    assert text is not None
+    assert text.count("Tell me.") == 1
+    ids = chat.encode_prompt(text)
+    assert ids == chat.encode(chat.render([message("user", "Tell me.")]), add_special_tokens=False)
+    assert ids.count(chat.bos_id) == 1
+    assert sample_input(settings(tmp_path, log={"sample_prompts": [text]}), chat) == text
 
 
 def message(role: str, text: str) -> dict[str, str]:

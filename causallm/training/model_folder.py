@@ -44,9 +44,17 @@ def write_model_folder(
     metas = {name: weights[ours].to("meta") for name, ours in names.items()}
     write_safetensors(folder / SINGLE, metas, lambda name: weights[names[name]], {"format": "pt"})
     _write_json(folder / "generation_config.json", generation_json(settings, tokenizer))
-    runtime = {"model_type": "CausalLM", "sample_input": next(iter(settings.log.sample_prompts), None)}
+    runtime = {"model_type": "CausalLM", "sample_input": sample_input(settings, tokenizer)}
     _write_json(folder / "nntr_config.json", {key: value for key, value in runtime.items() if value})
     _write_json(folder / "config.json", config_json(config, cfg))
+
+
+def sample_input(settings: Settings, tokenizer: Tokenizer) -> str | None:
+    """The first of the run's samples as the run takes it: in the chat template, which nothing puts around it later."""
+    first = next(iter(settings.log.sample_prompts), None)
+    if first is None or tokenizer.chat_template is None or tokenizer.carries_special_tokens(first):
+        return first
+    return tokenizer.render([{"role": "user", "content": first}])
 
 
 def config_json(config: Mapping[str, Any], cfg: ModelConfig) -> dict[str, Any]:
